@@ -1,0 +1,2 @@
+//! Load, peers and the conformance runner.
+fn main() {}

@@ -1,0 +1,11 @@
+//! What was said, as data: the [`Model`](model::Model) and the two mouths that produce it.
+//!
+//! * [`compile`] makes it from Istio and Kubernetes YAML, as istiod would for one proxy;
+//! * [`xds`] makes it from Envoy resources as istiod sends them.
+//!
+//! This crate does no I/O and names no runtime: texts and bytes go in, a model and rejects come out.
+
+pub mod model;
+pub mod registry;
+
+pub use model::{Model, Name, Reject, Severity};

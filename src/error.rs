@@ -1,0 +1,1 @@
+//! Every failure, and what it means outside: one enum, one table.

@@ -1,0 +1,6 @@
+//! istio-proxy: a sidecar data plane.
+//!
+//! Said → compiled → served: `proxy-config` turns YAML or xDS into a `Model`; [`snapshot`] compiles it into one immutable
+//! snapshot; identical single-threaded [`worker`]s serve it. Imports point down only; `tests/architecture.rs` enforces it.
+
+pub mod error;

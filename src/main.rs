@@ -1,0 +1,3 @@
+//! The command line; see `--help`.
+
+fn main() {}
