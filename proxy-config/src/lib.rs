@@ -5,6 +5,8 @@
 //!
 //! This crate does no I/O and names no runtime: texts and bytes go in, a model and rejects come out.
 
+pub mod compile;
+pub mod istio;
 pub mod model;
 pub mod registry;
 

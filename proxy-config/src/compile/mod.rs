@@ -1,0 +1,6 @@
+//! istiod's job for one proxy: objects in, [`crate::Model`] out, one file per output.
+
+pub mod authz;
+mod authz_rule;
+pub mod peer_auth;
+pub mod trust_domain;

@@ -1,0 +1,5 @@
+//! Istio kinds as they are written, one file a kind.
+
+pub mod authorization_policy;
+pub mod common;
+pub mod peer_authentication;
