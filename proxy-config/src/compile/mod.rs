@@ -3,4 +3,6 @@
 pub mod authz;
 mod authz_rule;
 pub mod peer_auth;
+mod route_action;
+mod route_match;
 pub mod trust_domain;

@@ -3,3 +3,4 @@
 pub mod authorization_policy;
 pub mod common;
 pub mod peer_authentication;
+pub mod virtual_service;
