@@ -2,7 +2,17 @@
 
 pub mod authz;
 mod authz_rule;
+mod hosts;
+mod http;
+pub mod inbound;
+pub mod listener;
+mod outbound_chain;
 pub mod peer_auth;
+pub mod route;
 mod route_action;
 mod route_match;
+mod tls;
 pub mod trust_domain;
+pub mod view;
+mod virtual_host;
+pub mod virtual_services;
