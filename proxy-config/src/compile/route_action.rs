@@ -51,6 +51,10 @@ pub(super) fn translate(route: &HttpRoute, lookup: &Lookup<'_>) -> Translated {
         out.action = direct(response);
         return out;
     }
+    if route.route.iter().all(|d| d.weight == 0) && route.route.len() != 1 {
+        out.action = RouteAction::Unsupported("route without a destination".to_owned());
+        return out;
+    }
     forward(route, lookup, authority, &mut out);
     out
 }
@@ -205,7 +209,7 @@ fn words(text: &str) -> Vec<String> {
     text.split(',').map(str::to_owned).collect()
 }
 
-fn redirect(r: &HttpRedirect, listener_port: u16) -> RouteAction {
+pub(super) fn redirect(r: &HttpRedirect, listener_port: u16) -> RouteAction {
     let status = if r.redirect_code == 0 { 301 } else { r.redirect_code };
     if !matches!(status, 301 | 302 | 303 | 307 | 308) {
         return RouteAction::Unsupported(format!("redirect code {status}"));
@@ -231,7 +235,7 @@ fn redirect(r: &HttpRedirect, listener_port: u16) -> RouteAction {
     })
 }
 
-fn direct(response: &HttpDirectResponse) -> RouteAction {
+pub(super) fn direct(response: &HttpDirectResponse) -> RouteAction {
     let body = response.body.as_ref();
     let text = body.and_then(|b| b.string.as_ref()).map(|s| s.clone().into_bytes());
     let bytes = body.and_then(|b| b.bytes.as_ref());
@@ -272,7 +276,7 @@ fn header_ops(ops: &HeaderOperations) -> HeaderOps {
 
 /// Fault injection of a route; a share that is not said is none.
 pub(super) fn fault(f: &HttpFault) -> Option<Fault> {
-    let share = |p: Option<&Percent>, whole: u32| p.map_or(whole.saturating_mul(10_000), millionths);
+    let share = |p: Option<&Percent>, whole: u32| p.map_or_else(|| whole.saturating_mul(10_000), millionths);
     let delay = f.delay.as_ref().and_then(|FaultDelay { percent, percentage, fixed_delay, .. }| {
         fixed_delay.map(|d| (d.0, share(percentage.as_ref(), *percent)))
     });
@@ -287,7 +291,7 @@ pub(super) fn fault(f: &HttpFault) -> Option<Fault> {
     (out != Fault::default()).then_some(out)
 }
 
-fn grpc_code(name: &str) -> Option<u32> {
+pub(super) fn grpc_code(name: &str) -> Option<u32> {
     const NAMES: [&str; 17] = [
         "OK",
         "CANCELLED",

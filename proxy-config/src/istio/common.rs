@@ -50,7 +50,8 @@ impl<'de> Deserialize<'de> for IstioDuration {
 
 /// Parses Go's duration syntax; negative durations are refused.
 pub fn parse_duration(text: &str) -> Option<Duration> {
-    let mut rest = text.trim().strip_prefix('+').unwrap_or(text.trim());
+    let text = text.trim();
+    let mut rest = text.strip_prefix('+').unwrap_or(text);
     if rest == "0" {
         return Some(Duration::ZERO);
     }

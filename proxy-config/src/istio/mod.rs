@@ -3,4 +3,5 @@
 pub mod authorization_policy;
 pub mod common;
 pub mod peer_authentication;
+pub mod request_authentication;
 pub mod virtual_service;
