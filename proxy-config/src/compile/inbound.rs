@@ -291,6 +291,8 @@ fn any_of(ports: Vec<u16>) -> Option<PortPredicate> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::fixture::{Mesh, web};
+    use super::super::peer_auth::Effective;
     use super::*;
 
     fn summary(protocol: Protocol, mode: Mode) -> Vec<(bool, usize, bool, bool)> {
@@ -321,5 +323,30 @@ mod tests {
         let needs = BTreeMap::from([(0, (false, true)), (70, (true, false)), (80, (false, false))]);
         assert_eq!(tls_disabled(&needs), Some(PortPredicate::Not(Box::new(PortPredicate::Range(70, 71)))));
         assert_eq!(any_of(Vec::new()), None);
+    }
+
+    #[test]
+    fn a_port_of_its_own_mode_has_its_own_chains() {
+        let mut mesh = Mesh::new(vec![web()]);
+        mesh.serve();
+        mesh.mtls =
+            Effective { mode: Mode::Strict, ports: BTreeMap::from([(7000, Mode::Disable), (1, Mode::Disable)]) };
+        let listener = mesh.with_view(|v| super::listener(v)).expect("captured");
+        let of = |port: u16| -> Vec<&FilterChain> {
+            listener.filter_chains.iter().filter(|c| c.matches.destination_port == Some(port)).collect()
+        };
+        assert!(of(7000).iter().all(|c| c.tls.is_none()));
+        assert!(of(80).iter().all(|c| c.tls.is_some()));
+        assert_eq!(of(1).len(), 2, "a port that no service declares");
+        assert_eq!(&*of(80)[0].name, "0.0.0.0_80");
+    }
+
+    #[test]
+    fn a_refused_policy_leaves_no_chain_usable() {
+        let mut mesh = Mesh::new(vec![web()]);
+        mesh.serve();
+        mesh.policies.unusable = Some("AuthorizationPolicy app/p".to_owned());
+        let listener = mesh.with_view(|v| super::listener(v)).expect("captured");
+        assert!(listener.filter_chains[1..].iter().all(|c| c.unusable.is_some()));
     }
 }

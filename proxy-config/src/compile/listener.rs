@@ -329,3 +329,114 @@ fn empty(view: &View<'_>, name: &str, bind: &str, port: u16) -> Listener {
         max_accepts_per_event: None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixture::{Mesh, port, service, web};
+    use super::*;
+
+    fn names(mesh: &Mesh) -> Vec<String> {
+        mesh.with_view(|v| listeners(v).iter().map(|l| l.name.to_string()).collect())
+    }
+
+    fn named(mesh: &Mesh, name: &str) -> Listener {
+        mesh.with_view(|v| listeners(v).into_iter().find(|l| &*l.name == name)).expect("listener")
+    }
+
+    fn clusters(chain: &FilterChain) -> Vec<String> {
+        match chain.filters.last() {
+            Some(NetworkFilter::TcpProxy(p)) => p.clusters.iter().map(|c| c.cluster.to_string()).collect(),
+            _ => Vec::new(),
+        }
+    }
+
+    #[test]
+    fn one_listener_for_each_way_of_calling() {
+        let mesh = Mesh::new(vec![web(), service("shadow", Some("10.97.0.2"), vec![port("http", 80, Protocol::Http)])]);
+        assert_eq!(names(&mesh), ["0.0.0.0_80", "0.0.0.0_9090", "10.97.0.1_6000", "10.97.0.1_7000", "virtualOutbound"]);
+        let tables = mesh.with_view(|v| route_names(&listeners(v)));
+        assert_eq!(tables.iter().map(|n| &**n).collect::<Vec<_>>(), ["80", "9090", "web.app.svc.cluster.local:6000"]);
+    }
+
+    #[test]
+    fn http_ports_leave_other_bytes_to_the_default_chain() {
+        let listener = named(&Mesh::new(vec![web()]), "0.0.0.0_80");
+        assert_eq!(listener.filter_chains[0].matches.application_protocols, ["http/1.1", "h2c"]);
+        let default = listener.default_filter_chain.expect("default chain");
+        assert_eq!(
+            (&*default.name, clusters(&default)),
+            ("PassthroughFilterChain", vec!["PassthroughCluster".to_owned()])
+        );
+        assert!(!listener.bind_to_port);
+    }
+
+    #[test]
+    fn sniffed_ports_have_both() {
+        let listener = named(&Mesh::new(vec![web()]), "10.97.0.1_6000");
+        let default = listener.default_filter_chain.expect("default chain");
+        assert_eq!(clusters(&default), ["outbound|6000||web.app.svc.cluster.local"]);
+        assert_eq!(listener.filter_chains.len(), 1);
+    }
+
+    #[test]
+    fn tcp_services_without_address_collapse_onto_the_first() {
+        let tcp = |name: &str| service(name, None, vec![port("tcp", 5000, Protocol::Tcp)]);
+        let listener = named(&Mesh::new(vec![tcp("a"), tcp("b")]), "0.0.0.0_5000");
+        assert_eq!(listener.filter_chains.len(), 1);
+        assert_eq!(clusters(&listener.filter_chains[0]), ["outbound|5000||a.app.svc.cluster.local"]);
+    }
+
+    #[test]
+    fn http_over_tcp_is_sniffed() {
+        let tcp = service("a", None, vec![port("tcp", 5000, Protocol::Tcp)]);
+        let http = service("b", None, vec![port("http", 5000, Protocol::Http)]);
+        let listener = named(&Mesh::new(vec![tcp, http]), "0.0.0.0_5000");
+        assert_eq!(listener.filter_chains.len(), 1, "the HTTP chain");
+        let default = listener.default_filter_chain.expect("the TCP chain");
+        assert_eq!(clusters(&default), ["outbound|5000||a.app.svc.cluster.local"]);
+    }
+
+    #[test]
+    fn server_first_protocols_are_never_sniffed() {
+        let mongo = service("a", None, vec![port("mongo", 5000, Protocol::Mongo)]);
+        let http = service("b", None, vec![port("http", 5000, Protocol::Http)]);
+        let listener = named(&Mesh::new(vec![mongo, http]), "0.0.0.0_5000");
+        assert!(listener.listener_filters.is_empty());
+    }
+
+    #[test]
+    fn tls_routes_choose_by_sni() {
+        let mut mesh = Mesh::new(vec![service("a", Some("10.97.0.9"), vec![port("tls", 443, Protocol::Tls)])]);
+        mesh.route(
+            "r",
+            "{hosts: [a], tls: [{match: [{sniHosts: [x.com, a.com]}], route: [{destination: {host: b}}]}]}",
+        );
+        let listener = named(&mesh, "10.97.0.9_443");
+        assert_eq!(listener.filter_chains[0].matches.server_names, ["a.com", "x.com"]);
+        assert_eq!(clusters(&listener.filter_chains[0]), ["outbound|443||b.app.svc.cluster.local"]);
+        assert!(matches!(listener.listener_filters[0].kind, ListenerFilterKind::TlsInspector { .. }));
+        assert!(listener.default_filter_chain.is_some());
+    }
+
+    #[test]
+    fn tcp_routes_by_weight() {
+        let mut mesh = Mesh::new(vec![service("a", Some("10.97.0.9"), vec![port("tcp", 5000, Protocol::Tcp)])]);
+        mesh.route(
+            "r",
+            "{hosts: [a], tcp: [{route: [{destination: {host: a, subset: x}, weight: 1}, \
+             {destination: {host: a, subset: y}, weight: 3}]}]}",
+        );
+        let listener = named(&mesh, "10.97.0.9_5000");
+        let Some(NetworkFilter::TcpProxy(p)) = listener.filter_chains[0].filters.last() else { panic!("no proxy") };
+        assert_eq!(p.stat_prefix, "r.app");
+        assert_eq!(p.clusters.iter().map(|c| c.weight).collect::<Vec<_>>(), [1, 3]);
+    }
+
+    #[test]
+    fn registry_only_refuses_what_nobody_knows() {
+        let mut mesh = Mesh::new(vec![web()]);
+        mesh.settings.outbound = OutboundPolicy::RegistryOnly;
+        let outbound = named(&mesh, "virtualOutbound");
+        assert_eq!(clusters(&outbound.filter_chains[1]), ["BlackHoleCluster"]);
+    }
+}

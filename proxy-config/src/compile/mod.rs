@@ -2,6 +2,8 @@
 
 pub mod authz;
 mod authz_rule;
+#[cfg(test)]
+mod fixture;
 mod hosts;
 mod http;
 pub mod inbound;

@@ -342,3 +342,99 @@ fn unknown_hosts(view: &View<'_>, name: &str, route: Route) -> VirtualHost {
         include_request_attempt_count: view.mesh.headers.attempt_count,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixture::{Mesh, port, service, web};
+    use super::*;
+
+    fn table_of(mesh: &Mesh, name: &str) -> RouteTable {
+        mesh.with_view(|v| table(v, name)).expect("table")
+    }
+
+    fn clusters(route: &Route) -> Vec<String> {
+        match &route.action {
+            RouteAction::Forward(f) => f.clusters.iter().map(|c| c.name.to_string()).collect(),
+            _ => Vec::new(),
+        }
+    }
+
+    fn host_names(table: &RouteTable) -> Vec<&str> {
+        table.virtual_hosts.iter().map(|v| &*v.name).collect()
+    }
+
+    #[test]
+    fn services_without_rules_get_their_default_route() {
+        let table = table_of(&Mesh::new(vec![web()]), "80");
+        assert_eq!(host_names(&table), ["web.app.svc.cluster.local:80", "allow_any"]);
+        let web = &table.virtual_hosts[0];
+        assert_eq!(
+            web.domains,
+            ["web.app.svc.cluster.local", "web.app.svc.cluster.local.", "web", "web.app.svc", "web.app", "10.97.0.1"]
+        );
+        assert_eq!(clusters(&web.routes[0]), ["outbound|80||web.app.svc.cluster.local"]);
+        assert_eq!(web.routes[0].decorator.as_deref(), Some("web.app.svc.cluster.local:80/*"));
+    }
+
+    #[test]
+    fn a_sniffed_table_answers_to_every_name() {
+        let table = table_of(&Mesh::new(vec![web()]), "web.app.svc.cluster.local:6000");
+        assert_eq!(host_names(&table), ["web.app.svc.cluster.local:6000"]);
+        assert_eq!(table.virtual_hosts[0].domains, ["*"]);
+    }
+
+    #[test]
+    fn names_without_service_live_on_port_80_only() {
+        let mut mesh = Mesh::new(vec![web()]);
+        mesh.route("r", "{hosts: [x.com], http: [{route: [{destination: {host: web}}]}]}");
+        assert_eq!(host_names(&table_of(&mesh, "80")), ["web.app.svc.cluster.local:80", "x.com:80", "allow_any"]);
+        assert_eq!(host_names(&table_of(&mesh, "9090")), ["web.app.svc.cluster.local:9090", "allow_any"]);
+    }
+
+    #[test]
+    fn everything_pruned_falls_back_to_the_default_route() {
+        let mut mesh = Mesh::new(vec![web()]);
+        mesh.route(
+            "r",
+            "{hosts: [web], http: [{match: [{sourceLabels: {app: other}}], route: [{destination: {host: shadow}}]}]}",
+        );
+        let table = table_of(&mesh, "80");
+        assert_eq!(clusters(&table.virtual_hosts[0].routes[0]), ["outbound|80||web.app.svc.cluster.local"]);
+    }
+
+    #[test]
+    fn the_closest_host_owns_a_service() {
+        let http = |name: &str| service(name, None, vec![port("http", 80, Protocol::Http)]);
+        let mut mesh = Mesh::new(vec![http("a"), http("b")]);
+        mesh.route("wild", "{hosts: ['*.cluster.local'], http: [{route: [{destination: {host: w}}]}]}");
+        mesh.route("exact", "{hosts: [a], http: [{route: [{destination: {host: e}}]}]}");
+        let table = table_of(&mesh, "80");
+        assert_eq!(host_names(&table), ["a.app.svc.cluster.local:80", "b.app.svc.cluster.local:80", "allow_any"]);
+        assert_eq!(clusters(&table.virtual_hosts[0].routes[0]), ["outbound|80||e.app.svc.cluster.local"]);
+        assert_eq!(clusters(&table.virtual_hosts[1].routes[0]), ["outbound|80||w.app.svc.cluster.local"]);
+    }
+
+    #[test]
+    fn weights_are_named_after_their_virtual_service() {
+        let mut mesh = Mesh::new(vec![web()]);
+        mesh.route(
+            "r",
+            "{hosts: [web], http: [{route: [{destination: {host: web, subset: a}, weight: 90}, \
+             {destination: {host: web, subset: b}, weight: 10}]}]}",
+        );
+        let route = &table_of(&mesh, "80").virtual_hosts[0].routes[0];
+        assert_eq!(route.decorator.as_deref(), Some("r:80/*"));
+        assert_eq!(route.config.as_deref(), Some("/apis/networking.istio.io/v1/namespaces/app/virtual-service/r"));
+        assert_eq!(clusters(route).len(), 2);
+    }
+
+    #[test]
+    fn an_external_name_is_another_name_of_its_service() {
+        let mut alias = service("alias", None, vec![port("http", 80, Protocol::Http)]);
+        alias.resolution = Resolution::Alias;
+        alias.external_name = Some("web.app.svc.cluster.local".to_owned());
+        let table = table_of(&Mesh::new(vec![web(), alias]), "80");
+        assert_eq!(host_names(&table), ["web.app.svc.cluster.local:80", "allow_any"]);
+        assert!(table.virtual_hosts[0].domains.contains(&"alias".to_owned()));
+    }
+}
