@@ -6,3 +6,4 @@
 pub mod drain;
 pub mod error;
 pub mod net;
+pub mod tls;

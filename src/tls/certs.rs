@@ -1,0 +1,239 @@
+//! Certificates, keys and roots, by the names under which configuration asks for them.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, TrustAnchor};
+use x509_parser::prelude::{FromDer, X509Certificate};
+
+use super::config::Contexts;
+use super::peer::{Peer, hex, sha256};
+
+/// SDS name of the workload's own certificate.
+const WORKLOAD: &str = "default";
+/// SDS name of the mesh roots.
+const MESH_ROOTS: &str = "ROOTCA";
+const FILE_CERT: &str = "file-cert:";
+const FILE_ROOT: &str = "file-root:";
+/// `file-root:system` asks for the operating system's roots.
+const SYSTEM_ROOTS: &str = "/etc/ssl/certs/ca-certificates.crt";
+
+/// All key material at one moment; immutable, cheap to clone. A renewal makes a new one.
+#[derive(Clone, Default)]
+pub struct Secrets {
+    identities: BTreeMap<Arc<str>, Arc<Identity>>,
+    roots: BTreeMap<Arc<str>, Arc<Roots>>,
+    contexts: Arc<Contexts>,
+}
+
+/// A certificate chain with its key.
+pub struct Identity {
+    pub(super) chain: Vec<CertificateDer<'static>>,
+    pub(super) key: PrivateKeyDer<'static>,
+    pub(super) digest: String,
+    /// What the chain says, leaf first.
+    pub info: Vec<CertInfo>,
+}
+
+/// Certificates that are trusted as roots.
+pub struct Roots {
+    pub(super) anchors: Vec<TrustAnchor<'static>>,
+    pub(super) digest: String,
+    /// What they say.
+    pub info: Vec<CertInfo>,
+}
+
+/// A certificate for people and for `/certs`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CertInfo {
+    /// Subject, RFC 2253.
+    pub subject: String,
+    /// URI and DNS names.
+    pub sans: Vec<String>,
+    /// Serial number, lower-case hex.
+    pub serial: String,
+    /// Begin of validity, seconds since 1970.
+    pub not_before: i64,
+    /// End of validity, seconds since 1970.
+    pub not_after: i64,
+}
+
+impl CertInfo {
+    /// Whole days until the end, 0 when it has passed.
+    pub fn days_left(&self, now: i64) -> u64 {
+        const DAY: i64 = 86_400;
+        u64::try_from((self.not_after - now) / DAY).unwrap_or(0)
+    }
+
+    fn read(certificate: &CertificateDer<'_>) -> Result<Self, String> {
+        let peer = Peer::from_certificate(certificate)?;
+        let (_, parsed) = X509Certificate::from_der(certificate).map_err(|e| e.to_string())?;
+        Ok(Self {
+            subject: peer.subject,
+            sans: [peer.uri_sans, peer.dns_sans].concat(),
+            serial: hex(parsed.raw_serial()),
+            not_before: parsed.validity().not_before.timestamp(),
+            not_after: parsed.validity().not_after.timestamp(),
+        })
+    }
+}
+
+impl Identity {
+    /// A chain (leaf first) and its key, both PEM.
+    pub fn from_pem(chain: &[u8], key: &[u8]) -> Result<Self, String> {
+        let chain = certificates(chain)?;
+        let key = PrivateKeyDer::from_pem_slice(key).map_err(|e| format!("private key: {e}"))?;
+        let info = chain.iter().map(CertInfo::read).collect::<Result<_, _>>()?;
+        let digest = digest(&chain);
+        Ok(Self { chain, key, digest, info })
+    }
+}
+
+impl Roots {
+    /// One or more certificates, PEM.
+    pub fn from_pem(pem: &[u8]) -> Result<Self, String> {
+        let all = certificates(pem)?;
+        let anchors = all
+            .iter()
+            .map(|root| webpki::anchor_from_trusted_cert(root).map(|anchor| anchor.to_owned()))
+            .collect::<Result<_, _>>()
+            .map_err(|e| format!("root certificate: {e}"))?;
+        let info = all.iter().map(CertInfo::read).collect::<Result<_, _>>()?;
+        Ok(Self { anchors, digest: digest(&all), info })
+    }
+}
+
+impl Secrets {
+    /// Nothing yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// `cert-chain.pem`, `key.pem` and `root-cert.pem` of a folder as `default` and `ROOTCA`.
+    pub fn load(folder: &Path) -> Result<Self, String> {
+        Self::new().renewed(folder)
+    }
+
+    /// The same with the folder's present content. Contexts whose material did not change stay the same, so renewal
+    /// costs no open connection and no session ticket.
+    pub fn renewed(&self, folder: &Path) -> Result<Self, String> {
+        let identity = read_identity(&folder.join("cert-chain.pem"), &folder.join("key.pem"))?;
+        let roots = read_roots(&folder.join("root-cert.pem"))?;
+        Ok(self.with_identity(WORKLOAD, identity).with_roots(MESH_ROOTS, roots))
+    }
+
+    /// Adds or replaces a certificate.
+    #[must_use]
+    pub fn with_identity(&self, name: &str, identity: Identity) -> Self {
+        let mut next = self.clone();
+        next.identities.insert(name.into(), Arc::new(identity));
+        next
+    }
+
+    /// Adds or replaces roots.
+    #[must_use]
+    pub fn with_roots(&self, name: &str, roots: Roots) -> Self {
+        let mut next = self.clone();
+        next.roots.insert(name.into(), Arc::new(roots));
+        next
+    }
+
+    /// Reads the files that an SDS name speaks of: `file-cert:CERT~KEY`, `file-root:PATH`, `file-root:system`. Other
+    /// names are not files and change nothing.
+    pub fn with_files(&self, name: &str) -> Result<Self, String> {
+        if let Some(paths) = name.strip_prefix(FILE_CERT) {
+            let (chain, key) = paths.split_once('~').ok_or_else(|| format!("{name}: expected CERT~KEY"))?;
+            return Ok(self.with_identity(name, read_identity(Path::new(chain), Path::new(key))?));
+        }
+        if let Some(path) = name.strip_prefix(FILE_ROOT) {
+            let path = if path == "system" { SYSTEM_ROOTS } else { path };
+            return Ok(self.with_roots(name, read_roots(Path::new(path))?));
+        }
+        Ok(self.clone())
+    }
+
+    /// A certificate by SDS name.
+    pub fn identity(&self, name: &str) -> Option<&Arc<Identity>> {
+        self.identities.get(name)
+    }
+
+    /// Roots by SDS name.
+    pub fn roots(&self, name: &str) -> Option<&Arc<Roots>> {
+        self.roots.get(name)
+    }
+
+    /// Every certificate with its name.
+    pub fn identities(&self) -> impl Iterator<Item = (&str, &Arc<Identity>)> {
+        self.identities.iter().map(|(name, identity)| (&**name, identity))
+    }
+
+    /// All roots with their names.
+    pub fn all_roots(&self) -> impl Iterator<Item = (&str, &Arc<Roots>)> {
+        self.roots.iter().map(|(name, roots)| (&**name, roots))
+    }
+
+    pub(super) fn contexts(&self) -> &Contexts {
+        &self.contexts
+    }
+}
+
+/// Equal content, whatever the caches hold.
+impl PartialEq for Secrets {
+    fn eq(&self, other: &Self) -> bool {
+        let digests = |s: &Self| -> Vec<(Arc<str>, String)> {
+            let identities = s.identities.iter().map(|(n, i)| (Arc::clone(n), i.digest.clone()));
+            identities.chain(s.roots.iter().map(|(n, r)| (Arc::clone(n), r.digest.clone()))).collect()
+        };
+        digests(self) == digests(other)
+    }
+}
+
+/// Names only: keys do not belong into logs.
+impl fmt::Debug for Secrets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Secrets")
+            .field("identities", &self.identities.keys())
+            .field("roots", &self.roots.keys())
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Identity").field("info", &self.info).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Roots {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Roots").field("info", &self.info).finish_non_exhaustive()
+    }
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, String> {
+    std::fs::read(path).map_err(|e| format!("{}: {e}", path.display()))
+}
+
+fn read_identity(chain: &Path, key: &Path) -> Result<Identity, String> {
+    Identity::from_pem(&read(chain)?, &read(key)?).map_err(|e| format!("{}: {e}", chain.display()))
+}
+
+fn read_roots(path: &Path) -> Result<Roots, String> {
+    Roots::from_pem(&read(path)?).map_err(|e| format!("{}: {e}", path.display()))
+}
+
+fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
+    let all = CertificateDer::pem_slice_iter(pem).collect::<Result<Vec<_>, _>>().map_err(|e| e.to_string())?;
+    if all.is_empty() {
+        return Err("no certificate in it".to_owned());
+    }
+    Ok(all)
+}
+
+fn digest(certificates: &[CertificateDer<'_>]) -> String {
+    let all: Vec<u8> = certificates.iter().flat_map(|c| c.iter().copied()).collect();
+    hex(sha256(&all).as_ref())
+}

@@ -1,0 +1,25 @@
+//! Who is on the other end. The only place that names rustls.
+//!
+//! It decides whether a peer's certificate is acceptable (chain, dates, key usage, SAN rules of the configuration,
+//! exactly one SPIFFE identity) and what a handshake offers. It never decides what that peer may do: that is policy.
+//!
+//! Contexts are compiled on the control thread and shared by all workers, tickets and session caches included:
+//!
+//! ```ignore
+//! let secrets = Secrets::load(Path::new("/etc/certs"))?;
+//! let context = ServerTls::compile(&chain.tls, &secrets, "virtualInbound/0.0.0.0_8080")?;
+//! let (stream, peer) = tls::accept(stream, &context, tls::HANDSHAKE_LIMIT).await?;
+//! ```
+
+mod certs;
+mod config;
+mod handshake;
+mod peer;
+mod spiffe;
+mod verify;
+
+pub use certs::{CertInfo, Identity, Roots, Secrets};
+pub use config::{ClientTls, ServerTls};
+pub use handshake::{HANDSHAKE_LIMIT, TlsError, accept, connect};
+pub use peer::Peer;
+pub use spiffe::SpiffeId;
