@@ -3,6 +3,7 @@
 //! Said → compiled → served: `proxy-config` turns YAML or xDS into a `Model`; [`snapshot`] compiles it into one immutable
 //! snapshot; identical single-threaded [`worker`]s serve it. Imports point down only; `tests/architecture.rs` enforces it.
 
+pub mod ca;
 pub mod drain;
 pub mod error;
 pub mod net;

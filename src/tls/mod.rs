@@ -18,6 +18,9 @@ mod peer;
 mod spiffe;
 mod verify;
 
+#[cfg(test)]
+mod tests;
+
 pub use certs::{CertInfo, Identity, Roots, Secrets};
 pub use config::{ClientTls, ServerTls};
 pub use handshake::{HANDSHAKE_LIMIT, TlsError, accept, connect};

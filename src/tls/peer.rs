@@ -75,7 +75,7 @@ impl Peer {
 
     /// What Envoy's RBAC takes as principal when it is not asked for a SAN: first URI, else first DNS name, else subject.
     pub fn principal(&self) -> &str {
-        self.uri_sans.first().or(self.dns_sans.first()).unwrap_or(&self.subject)
+        self.uri_sans.first().or_else(|| self.dns_sans.first()).unwrap_or(&self.subject)
     }
 
     /// The leaf certificate as PEM, made on demand; `None` without one.

@@ -186,8 +186,11 @@ fn refusal(error: webpki::Error) -> Error {
         E::RequiredEkuNotFoundContext(_) | E::EmptyEkuExtension => CertificateError::InvalidPurpose.into(),
         E::BadDer | E::BadDerTime | E::TrailingData(_) => CertificateError::BadEncoding.into(),
         E::UnsupportedCriticalExtension => CertificateError::UnhandledCriticalExtension.into(),
-        E::InvalidSignatureForPublicKey => CertificateError::BadSignature.into(),
-        E::UnknownIssuer => CertificateError::UnknownIssuer.into(),
+        // Roots of different meshes share istiod's subject, so "signed by another key of that name" is a foreign CA too.
+        E::InvalidSignatureForPublicKey
+        | E::UnsupportedSignatureAlgorithmForPublicKeyContext(_)
+        | E::CaUsedAsEndEntity
+        | E::UnknownIssuer => CertificateError::UnknownIssuer.into(),
         other => CertificateError::Other(OtherError(Arc::new(other))).into(),
     }
 }
