@@ -7,4 +7,5 @@ pub mod ca;
 pub mod drain;
 pub mod error;
 pub mod net;
+pub mod snapshot;
 pub mod tls;

@@ -1,0 +1,135 @@
+//! Clusters: sockets, hosts, breakers.
+
+use std::sync::Arc;
+
+use proxy_config::model;
+
+use super::host::{Breakers, HostSet};
+use super::{ClusterId, Name};
+use crate::tls::{ClientTls, Secrets};
+
+/// A reference to a cluster by name. The hint makes resolving free while the cluster stays where it was; a wrong hint
+/// costs a hash lookup, so a table compiled against an older snapshot stays right.
+#[derive(Debug, Clone)]
+pub struct ClusterRef {
+    /// Cluster name.
+    pub name: Name,
+    pub(super) hint: u32,
+}
+
+/// A cluster as all workers share it.
+#[derive(Debug)]
+pub struct ClusterShared {
+    /// Name.
+    pub name: Name,
+    /// What was said.
+    pub config: Arc<model::Cluster>,
+    /// Limits and use; the same object for all versions of this cluster.
+    pub breakers: Arc<Breakers>,
+    /// Hosts.
+    pub hosts: Arc<HostSet>,
+    /// Sockets: one for each transport match, the default last; [`super::Host::transport`] is an index.
+    pub transports: Arc<[Transport]>,
+    pub(super) said_hosts: Option<Arc<model::Endpoints>>,
+}
+
+impl ClusterShared {
+    /// The socket of a host.
+    pub fn transport(&self, host: &super::Host) -> &Transport {
+        self.transports.get(host.transport).unwrap_or_else(|| self.default_transport())
+    }
+
+    /// The socket when no match is configured or none fits.
+    pub fn default_transport(&self) -> &Transport {
+        self.transports.last().expect("the default socket is always there")
+    }
+}
+
+/// A compiled transport socket.
+#[derive(Clone)]
+pub enum Transport {
+    /// Plaintext.
+    Raw,
+    /// TLS.
+    Tls(ClientTls),
+    /// PROXY protocol header (version 1 or 2) in front of another socket.
+    ProxyProtocol(u8, Box<Transport>),
+    /// Cannot be used, and why (no certificate yet, not supported).
+    Unusable(Name),
+}
+
+impl std::fmt::Debug for Transport {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Raw => f.write_str("raw"),
+            Self::Tls(_) => f.write_str("tls"),
+            Self::ProxyProtocol(version, inner) => write!(f, "proxy-protocol v{version} over {inner:?}"),
+            Self::Unusable(why) => write!(f, "unusable: {why}"),
+        }
+    }
+}
+
+impl Transport {
+    /// Compiles; what cannot be used is compiled too, with its reason.
+    pub fn compile(said: &model::Transport, secrets: &Secrets) -> Self {
+        match said {
+            model::Transport::Raw => Self::Raw,
+            model::Transport::Tls(tls) => match ClientTls::compile(tls, secrets) {
+                Ok(tls) => Self::Tls(tls),
+                Err(why) => Self::Unusable(why.into()),
+            },
+            model::Transport::ProxyProtocol(version, inner) => {
+                Self::ProxyProtocol(*version, Box::new(Self::compile(inner, secrets)))
+            }
+            model::Transport::Unsupported(name) => {
+                Self::Unusable(format!("transport socket {name} is not supported").into())
+            }
+        }
+    }
+}
+
+/// Clusters with weights; one entry takes everything.
+#[derive(Debug, Clone)]
+pub struct WeightedClusters {
+    entries: Box<[(ClusterRef, u64)]>,
+}
+
+impl WeightedClusters {
+    pub(super) fn new(entries: impl IntoIterator<Item = (ClusterRef, u32)>) -> Self {
+        let mut sum = 0;
+        let running = entries.into_iter().map(|(cluster, weight)| {
+            sum += u64::from(weight);
+            (cluster, sum)
+        });
+        Self { entries: running.collect() }
+    }
+
+    /// One of them for a draw; `None` when nothing has weight.
+    pub fn pick(&self, draw: u64) -> Option<&ClusterRef> {
+        if let [(only, _)] = &*self.entries {
+            return Some(only);
+        }
+        let total = self.entries.last().map_or(0, |(_, sum)| *sum);
+        let at = draw.checked_rem(total)?;
+        self.entries.iter().find(|(_, sum)| at < *sum).map(|(cluster, _)| cluster)
+    }
+
+    /// Names and weights.
+    pub fn iter(&self) -> impl Iterator<Item = (&ClusterRef, u64)> {
+        let mut before = 0;
+        self.entries.iter().map(move |(cluster, sum)| {
+            let weight = sum - before;
+            before = *sum;
+            (cluster, weight)
+        })
+    }
+}
+
+/// Assigns hints while tables are compiled.
+pub(super) struct Ids<'a>(pub(super) &'a super::ByName<ClusterId>);
+
+impl Ids<'_> {
+    pub(super) fn refer(&self, name: &Name) -> ClusterRef {
+        ClusterRef { name: Arc::clone(name), hint: self.0.get(name).map_or(u32::MAX, |id| id.0) }
+    }
+}

@@ -1,0 +1,182 @@
+//! The configuration as the hot path reads it: immutable, compiled, looked up by pure functions.
+//!
+//! It decides which listener, chain, route and policy apply, and never does I/O, waits, or takes a lock. The atomics that
+//! workers share (breaker counts, host statistics) ride along in it and survive from one snapshot to the next.
+//!
+//! ```ignore
+//! let (snapshot, rejects) = snapshot::compile(None, &model, &secrets);
+//! let listener = snapshot.hand_off(&snapshot.bound()[0], destination).unwrap_or(entry);
+//! let chain = listener.chain(&input);
+//! let found = route::find(snapshot.route_table(http).unwrap(), &request, fastrand::u64(..))?;
+//! let cluster = snapshot.cluster(snapshot.resolve(found.cluster()?)?);
+//! ```
+
+pub mod action;
+mod chain;
+mod chain_match;
+mod cluster;
+mod compile;
+mod format;
+mod host;
+mod listener;
+mod matcher;
+mod rbac;
+mod re2;
+pub mod route;
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::Arc;
+
+use http::{HeaderMap, Method};
+
+pub use chain::{AlpnRewrite, Chain, Filter, HttpChain, HttpFilter, HttpOptions, TcpChain, Terminal};
+pub use cluster::{ClusterRef, ClusterShared, Transport, WeightedClusters};
+pub use compile::compile;
+pub use format::{Format, Operator, Segment};
+pub use host::{Breakers, Ejection, Failures, Gauge, Host, HostSet, HostStats, LocalityHosts, Priority, Totals};
+pub use listener::{ChainInput, Inspect, Listener};
+pub use matcher::{HeaderMatch, Lines, QueryMatch, StringMatch, query, url_path};
+pub use proxy_config::Name;
+pub use rbac::{Rbac, Verdict};
+pub use route::{Found, NoRoute, Route, RouteTable, VirtualHost};
+
+use crate::tls::{Peer, Secrets};
+
+/// A map by name with the hasher of the hot path.
+pub(crate) type ByName<T> = hashbrown::HashMap<Name, T, foldhash::fast::RandomState>;
+
+/// A cluster inside one snapshot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ClusterId(u32);
+
+impl ClusterId {
+    /// Position in [`Snapshot::clusters`].
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+}
+
+/// Everything, compiled.
+#[derive(Default)]
+pub struct Snapshot {
+    /// Counts up from 1.
+    pub version: u64,
+    listeners: Box<[Arc<Listener>]>,
+    bound: Box<[Arc<Listener>]>,
+    by_address: hashbrown::HashMap<SocketAddr, u32, foldhash::fast::RandomState>,
+    routes: ByName<Arc<compile::CompiledTable>>,
+    clusters: Box<[Arc<ClusterShared>]>,
+    by_name: ByName<ClusterId>,
+    secrets: Secrets,
+}
+
+impl Snapshot {
+    /// Listeners with a socket.
+    pub fn bound(&self) -> &[Arc<Listener>] {
+        &self.bound
+    }
+
+    /// All listeners, by name.
+    pub fn listeners(&self) -> &[Arc<Listener>] {
+        &self.listeners
+    }
+
+    /// The listener that takes over a connection to `dst`: that of the exact address, else that of the wildcard address
+    /// with the port. `None`: `entry` keeps it.
+    pub fn hand_off(&self, entry: &Listener, dst: SocketAddr) -> Option<&Arc<Listener>> {
+        if !entry.use_original_dst {
+            return None;
+        }
+        let any = match dst.ip() {
+            IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
+            IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
+        };
+        let exact = SocketAddr::new(dst.ip(), dst.port());
+        let id = self.by_address.get(&exact).or_else(|| self.by_address.get(&SocketAddr::new(any, dst.port())))?;
+        let found = &self.listeners[*id as usize];
+        (found.name != entry.name).then_some(found)
+    }
+
+    /// A cluster by name.
+    pub fn cluster_id(&self, name: &str) -> Option<ClusterId> {
+        self.by_name.get(name).copied()
+    }
+
+    /// The cluster that a compiled table refers to; `None`: it is not there (NC).
+    pub fn resolve(&self, cluster: &ClusterRef) -> Option<ClusterId> {
+        match self.clusters.get(cluster.hint as usize) {
+            Some(hinted) if Arc::ptr_eq(&hinted.name, &cluster.name) || hinted.name == cluster.name => {
+                Some(ClusterId(cluster.hint))
+            }
+            _ => self.cluster_id(&cluster.name),
+        }
+    }
+
+    /// A cluster of this snapshot.
+    pub fn cluster(&self, id: ClusterId) -> &Arc<ClusterShared> {
+        &self.clusters[id.index()]
+    }
+
+    /// All clusters.
+    pub fn clusters(&self) -> &[Arc<ClusterShared>] {
+        &self.clusters
+    }
+
+    /// The routes of a connection manager; `None` while its table is not there. Ask for each request, with the current
+    /// snapshot: long connections see new routes at once.
+    pub fn route_table<'a>(&'a self, http: &'a HttpChain) -> Option<&'a Arc<RouteTable>> {
+        match &http.routes {
+            chain::Routes::Inline(table) => Some(table),
+            chain::Routes::Rds(name) => self.route_table_named(name),
+        }
+    }
+
+    /// A route table by its RDS name.
+    pub fn route_table_named(&self, name: &str) -> Option<&Arc<RouteTable>> {
+        self.routes.get(name).map(|compiled| &compiled.table)
+    }
+
+    /// All RDS tables.
+    pub fn route_tables(&self) -> impl Iterator<Item = &Arc<RouteTable>> {
+        self.routes.values().map(|compiled| &compiled.table)
+    }
+
+    /// The key material it was compiled with.
+    pub fn secrets(&self) -> &Secrets {
+        &self.secrets
+    }
+}
+
+/// A request as the pure functions see it, after normalisation.
+#[derive(Debug, Clone, Copy)]
+pub struct RequestView<'a> {
+    /// Method.
+    pub method: &'a Method,
+    /// `http` or `https`.
+    pub scheme: &'a str,
+    /// Host with port, as sent.
+    pub authority: &'a str,
+    /// Path with query.
+    pub path: &'a str,
+    /// Headers without pseudo-headers.
+    pub headers: &'a HeaderMap,
+}
+
+/// What policy may ask about.
+#[derive(Debug, Clone, Copy)]
+pub struct Attributes<'a> {
+    /// The TLS peer; `None` is plaintext.
+    pub peer: Option<&'a Peer>,
+    /// The connection's peer address.
+    pub direct_remote: SocketAddr,
+    /// Peer address after x-forwarded-for.
+    pub remote_ip: IpAddr,
+    /// Original destination.
+    pub destination: SocketAddr,
+    /// Server name that the client sent.
+    pub sni: Option<&'a str>,
+    /// The request; `None` on TCP.
+    pub request: Option<&'a RequestView<'a>>,
+    /// Dynamic metadata by filter name (JWT payloads).
+    pub metadata: Option<&'a serde_json::Map<String, serde_json::Value>>,
+}
