@@ -6,6 +6,7 @@
 pub mod ca;
 pub mod drain;
 pub mod error;
+pub mod iptables;
 pub mod net;
 pub mod snapshot;
 pub mod tls;
