@@ -331,7 +331,7 @@ mod tests {
         mesh.serve();
         mesh.mtls =
             Effective { mode: Mode::Strict, ports: BTreeMap::from([(7000, Mode::Disable), (1, Mode::Disable)]) };
-        let listener = mesh.with_view(|v| super::listener(v)).expect("captured");
+        let listener = mesh.with_view(listener).expect("captured");
         let of = |port: u16| -> Vec<&FilterChain> {
             listener.filter_chains.iter().filter(|c| c.matches.destination_port == Some(port)).collect()
         };
@@ -346,7 +346,7 @@ mod tests {
         let mut mesh = Mesh::new(vec![web()]);
         mesh.serve();
         mesh.policies.unusable = Some("AuthorizationPolicy app/p".to_owned());
-        let listener = mesh.with_view(|v| super::listener(v)).expect("captured");
+        let listener = mesh.with_view(listener).expect("captured");
         assert!(listener.filter_chains[1..].iter().all(|c| c.unusable.is_some()));
     }
 }

@@ -16,6 +16,7 @@ pub mod route;
 mod route_action;
 mod route_match;
 mod tls;
+pub mod tracing;
 pub mod trust_domain;
 pub mod view;
 mod virtual_host;
