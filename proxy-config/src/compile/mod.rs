@@ -15,6 +15,7 @@ pub mod policies;
 pub mod route;
 mod route_action;
 mod route_match;
+pub mod settings;
 mod tls;
 pub mod tracing;
 pub mod trust_domain;

@@ -53,3 +53,22 @@ fn istio_tags(proxy: &Proxy) -> BTreeMap<String, Value> {
 fn text(value: Option<&str>, otherwise: &str) -> String {
     value.filter(|v| !v.is_empty()).unwrap_or(otherwise).to_owned()
 }
+
+/// One tag of `ProxyConfig.tracing.customTags` as a connection manager holds it.
+pub fn custom_tag(said: &Value) -> Value {
+    let field = |outer: &str, inner: &str| said.get(outer).and_then(|v| v.get(inner)).cloned();
+    let mut with_default = |kind: &str, outer: &str| {
+        let mut tag = json!({kind: {"name": field(outer, "name").unwrap_or_default()}});
+        if let Some(default) = field(outer, "defaultValue") {
+            tag[kind]["default_value"] = default;
+        }
+        tag
+    };
+    if said.get("environment").is_some() {
+        return with_default("environment", "environment");
+    }
+    if said.get("header").is_some() {
+        return with_default("request_header", "header");
+    }
+    json!({"literal": {"value": field("literal", "value").unwrap_or_default()}})
+}

@@ -2,6 +2,8 @@
 
 pub mod authorization_policy;
 pub mod common;
+pub mod mesh_config;
 pub mod peer_authentication;
+pub mod proxy_config;
 pub mod request_authentication;
 pub mod virtual_service;
