@@ -1,6 +1,7 @@
 //! istiod's job for one proxy: objects in, [`crate::Model`] out, one file per output.
 
 pub mod authz;
+pub mod authz_provider;
 mod authz_rule;
 #[cfg(test)]
 mod fixture;

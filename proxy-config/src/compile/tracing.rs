@@ -57,7 +57,7 @@ fn text(value: Option<&str>, otherwise: &str) -> String {
 /// One tag of `ProxyConfig.tracing.customTags` as a connection manager holds it.
 pub fn custom_tag(said: &Value) -> Value {
     let field = |outer: &str, inner: &str| said.get(outer).and_then(|v| v.get(inner)).cloned();
-    let mut with_default = |kind: &str, outer: &str| {
+    let with_default = |kind: &str, outer: &str| {
         let mut tag = json!({kind: {"name": field(outer, "name").unwrap_or_default()}});
         if let Some(default) = field(outer, "defaultValue") {
             tag[kind]["default_value"] = default;
