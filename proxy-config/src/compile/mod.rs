@@ -1,5 +1,6 @@
 //! istiod's job for one proxy: objects in, [`crate::Model`] out, one file per output.
 
+pub mod assemble;
 pub mod authz;
 pub mod authz_provider;
 mod authz_rule;
