@@ -8,5 +8,6 @@ pub mod drain;
 pub mod error;
 pub mod iptables;
 pub mod net;
+pub mod probe;
 pub mod snapshot;
 pub mod tls;
