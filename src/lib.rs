@@ -4,6 +4,7 @@
 //! snapshot; identical single-threaded [`worker`]s serve it. Imports point down only; `tests/architecture.rs` enforces it.
 
 pub mod ca;
+pub mod control;
 pub mod drain;
 pub mod error;
 pub mod iptables;
