@@ -7,7 +7,9 @@
 
 pub mod compile;
 pub mod istio;
+mod load;
 pub mod model;
 pub mod registry;
 
+pub use load::{AutoEntry, Inputs, Loaded, Source, Store, WhoAmI, from_yaml, validate};
 pub use model::{Model, Name, Reject, Severity};
