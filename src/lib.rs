@@ -12,3 +12,4 @@ pub mod net;
 pub mod probe;
 pub mod snapshot;
 pub mod tls;
+pub mod upstream;
