@@ -1,2 +1,35 @@
-//! Load, peers and the conformance runner.
-fn main() {}
+//! The harness's command line; see `--help`.
+
+use std::process::ExitCode;
+
+use bench_harness::{app, demo};
+use clap::{Parser, Subcommand};
+
+/// Load, peers, the demo and the conformance runner of istio-proxy.
+#[derive(Debug, Parser)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Runs the guide's hybrid mesh in network namespaces and checks what it promises.
+    Demo(demo::Args),
+    /// A small application to put behind a sidecar.
+    App(app::Args),
+    /// Sends bytes to a TCP server, prints what comes back.
+    Tcp(app::TcpArgs),
+}
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Command::Demo(args) => demo::run(&args),
+        Command::App(args) => app::run(&args),
+        Command::Tcp(args) => app::tcp(&args),
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("error: {error:#}");
+        ExitCode::FAILURE
+    })
+}

@@ -1,0 +1,7 @@
+//! Load, peers, the demo and the conformance runner. Never part of the product: the product is run as a user runs it, by
+//! its command line.
+
+pub mod app;
+pub mod child;
+pub mod demo;
+pub mod netns;
