@@ -4,6 +4,8 @@ pub mod assemble;
 pub mod authz;
 pub mod authz_provider;
 mod authz_rule;
+pub mod clusters;
+pub mod destination_rules;
 #[cfg(test)]
 mod fixture;
 mod hosts;

@@ -6,6 +6,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::common::IstioDuration;
+use super::destination_rule::{LocalityLbSetting, TrafficPolicy};
 use super::proxy_config::ProxyConfig;
 use super::virtual_service::{Destination, HttpRetry};
 
@@ -60,7 +61,7 @@ pub struct MeshConfig {
     /// Namespace of mesh-wide objects (`istio-system`).
     pub root_namespace: String,
     /// Locality balancing.
-    pub locality_lb_setting: Option<Value>,
+    pub locality_lb_setting: Option<LocalityLbSetting>,
     /// Refresh of DNS clusters.
     pub dns_refresh_rate: Option<IstioDuration>,
     /// HTTP/2 upgrade of clusters.
@@ -71,8 +72,10 @@ pub struct MeshConfig {
     pub default_http_retry_policy: Option<HttpRetry>,
     /// Retries towards the application.
     pub default_inbound_http_retry_policy: Option<HttpRetry>,
-    /// Traffic policy that DestinationRules inherit from.
-    pub default_traffic_policy: Option<Value>,
+    /// Pool and outlier detection where a DestinationRule says none.
+    pub default_traffic_policy: Option<TrafficPolicy>,
+    /// Zone-aware routing.
+    pub zone_aware_lb_setting: Option<Value>,
     /// TLS between sidecars.
     #[serde(rename = "meshMTLS")]
     pub mesh_mtls: Option<TlsConfig>,

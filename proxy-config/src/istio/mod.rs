@@ -2,7 +2,9 @@
 
 pub mod authorization_policy;
 pub mod common;
+pub mod destination_rule;
 pub mod mesh_config;
+pub mod mesh_networks;
 pub mod peer_authentication;
 pub mod proxy_config;
 pub mod request_authentication;
