@@ -11,6 +11,7 @@ use super::{Name, Rbac, RouteTable};
 use crate::tls::ServerTls;
 
 /// A filter chain.
+#[derive(Clone)]
 pub struct Chain {
     /// Name; may repeat inside a listener.
     pub name: Name,
@@ -34,7 +35,7 @@ impl std::fmt::Debug for Chain {
 }
 
 /// A network filter that is not terminal.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub enum Filter {
     /// Policy on the connection.
     Rbac(Arc<Rbac>),
@@ -45,7 +46,7 @@ pub enum Filter {
 }
 
 /// Where a chain ends.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub enum Terminal {
     /// Bytes.
     Tcp(Arc<TcpChain>),

@@ -46,7 +46,7 @@ impl ClusterShared {
 }
 
 /// A compiled transport socket.
-#[derive(Clone)]
+#[derive(Clone, PartialEq)]
 pub enum Transport {
     /// Plaintext.
     Raw,
@@ -70,6 +70,15 @@ impl std::fmt::Debug for Transport {
 }
 
 impl Transport {
+    /// Why it cannot be used, if so.
+    pub fn unusable(&self) -> Option<&Name> {
+        match self {
+            Self::Unusable(why) => Some(why),
+            Self::ProxyProtocol(_, inner) => inner.unusable(),
+            Self::Raw | Self::Tls(_) => None,
+        }
+    }
+
     /// Compiles; what cannot be used is compiled too, with its reason.
     pub fn compile(said: &model::Transport, secrets: &Secrets) -> Self {
         match said {

@@ -62,6 +62,19 @@ impl Format {
         Self { segments: segments.into(), constant }
     }
 
+    /// Whether there is a `%` that begins neither `%%` nor an operator.
+    pub fn has_stray_percent(said: &str) -> bool {
+        let mut rest = said;
+        while let Some(at) = rest.find('%') {
+            rest = &rest[at + 1..];
+            rest = match rest.strip_prefix('%').or_else(|| operator(rest).map(|(_, after)| after)) {
+                Some(after) => after,
+                None => return true,
+            };
+        }
+        false
+    }
+
     /// The value when nothing is computed.
     pub fn constant(&self) -> Option<&HeaderValue> {
         self.constant.as_ref()
@@ -146,5 +159,8 @@ mod tests {
         assert_eq!(shown(""), "");
         assert_eq!(Format::compile("v").constant().unwrap(), "v");
         assert!(Format::compile("%PROTOCOL%").constant().is_none());
+        for (said, stray) in [("100%", true), ("100%% %PROTOCOL%", false), ("%%%", true), ("a", false)] {
+            assert_eq!(Format::has_stray_percent(said), stray, "{said}");
+        }
     }
 }

@@ -1,6 +1,5 @@
 //! String, header and query matchers, compiled once.
 
-use http::HeaderMap;
 use http::header::{HeaderName, HeaderValue};
 use proxy_config::model;
 use regex::bytes::Regex;
@@ -21,7 +20,59 @@ enum Pattern {
     Prefix(Box<str>),
     Suffix(Box<str>),
     Contains(Box<str>),
-    Regex(Box<Regex>),
+    Regex(Box<Expression>),
+}
+
+/// A regular expression; most of those that Istio makes ask for something simpler.
+#[derive(Debug, Clone)]
+struct Expression {
+    regex: Regex,
+    simple: Option<Simple>,
+}
+
+/// What an expression comes to for one line of ASCII.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Simple {
+    /// `.*`
+    Any,
+    /// `.+`
+    NotEmpty,
+    /// `.*text.*`
+    Contains(Box<str>),
+}
+
+impl Expression {
+    fn compile(said: &str) -> Result<Self, String> {
+        Ok(Self { regex: re2::full_match(said)?, simple: Simple::of(said) })
+    }
+
+    fn is_match(&self, value: &[u8]) -> bool {
+        match &self.simple {
+            Some(simple) if value.is_ascii() && !value.contains(&b'\n') => simple.matches(value),
+            _ => self.regex.is_match(value),
+        }
+    }
+}
+
+impl Simple {
+    fn of(said: &str) -> Option<Self> {
+        match said {
+            ".*" => return Some(Self::Any),
+            ".+" => return Some(Self::NotEmpty),
+            _ => {}
+        }
+        let text = said.strip_prefix(".*")?.strip_suffix(".*")?;
+        let plain = |c: char| c.is_ascii_alphanumeric() || "/-_:".contains(c);
+        (!text.is_empty() && text.chars().all(plain)).then(|| Self::Contains(text.into()))
+    }
+
+    fn matches(&self, value: &[u8]) -> bool {
+        match self {
+            Self::Any => true,
+            Self::NotEmpty => !value.is_empty(),
+            Self::Contains(text) => contains(value, text.as_bytes()),
+        }
+    }
 }
 
 impl StringMatch {
@@ -34,7 +85,7 @@ impl StringMatch {
             model::StringPattern::Prefix(t) => Pattern::Prefix(text(t)),
             model::StringPattern::Suffix(t) => Pattern::Suffix(text(t)),
             model::StringPattern::Contains(t) => Pattern::Contains(text(t)),
-            model::StringPattern::Regex(t) => Pattern::Regex(Box::new(re2::full_match(t)?)),
+            model::StringPattern::Regex(t) => Pattern::Regex(Box::new(Expression::compile(t)?)),
         };
         Ok(Self { pattern, ignore_case })
     }
@@ -76,15 +127,6 @@ impl StringMatch {
 
 fn contains(value: &[u8], part: &[u8]) -> bool {
     part.is_empty() || value.windows(part.len()).any(|window| window == part)
-}
-
-/// How repeated header lines are seen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Lines {
-    /// Joined with commas: routes.
-    Joined,
-    /// Each by itself, one match is enough: RBAC.
-    Single,
 }
 
 /// A compiled [`model::HeaderMatcher`].
@@ -130,43 +172,45 @@ impl HeaderMatch {
         })
     }
 
-    /// Whether the request's header is as wanted.
-    pub fn matches(&self, request: &RequestView<'_>, lines: Lines) -> bool {
+    /// Whether the request's header is as wanted. Each line of a repeated header is looked at by itself: one that
+    /// matches is enough, and an inverted matcher fails on one.
+    pub fn matches(&self, request: &RequestView<'_>) -> bool {
         let name = match &self.name {
-            Field::Method => return self.judge(Some(request.method.as_str().as_bytes())),
-            Field::Path => return self.judge(Some(request.path.as_bytes())),
-            Field::Authority => return self.judge(Some(request.authority.as_bytes())),
-            Field::Scheme => return self.judge(Some(request.scheme.as_bytes())),
-            Field::Never => return self.judge(None),
+            Field::Method => return self.judge(request.method.as_str().as_bytes()),
+            Field::Path => return self.judge(request.path.as_bytes()),
+            Field::Authority => return self.judge(request.authority.as_bytes()),
+            Field::Scheme => return self.judge(request.scheme.as_bytes()),
+            Field::Never => return self.judge_absent(),
             Field::Header(name) => name,
         };
-        let mut values = request.headers.get_all(name).iter();
-        let first = values.next().map(HeaderValue::as_bytes);
-        if values.next().is_none() {
+        let mut values = request.headers.get_all(name).iter().map(HeaderValue::as_bytes);
+        let Some(first) = values.next() else { return self.judge_absent() };
+        if let Value::Present(_) = self.value {
             return self.judge(first);
         }
-        match lines {
-            Lines::Joined => self.judge(Some(&joined(request.headers, name))),
-            Lines::Single => request.headers.get_all(name).iter().any(|v| self.judge(Some(v.as_bytes()))),
+        (self.found(first) || values.any(|value| self.found(value))) != self.invert
+    }
+
+    /// What it says where there is no such header, or no request at all (TCP). Absence satisfies nothing but the wish
+    /// for it, not even an inverted match, as Envoy has it.
+    pub fn judge_absent(&self) -> bool {
+        match self.value {
+            Value::Present(wanted) => wanted == self.invert,
+            _ if self.missing_is_empty => self.found(b"") != self.invert,
+            _ => false,
         }
     }
 
-    /// A missing header satisfies nothing but the wish for its absence, not even an inverted match, as Envoy has it.
-    fn judge(&self, value: Option<&[u8]>) -> bool {
-        if let Value::Present(wanted) = self.value {
-            return (value.is_some() == wanted) != self.invert;
-        }
-        let value = match value {
-            Some(value) => value,
-            None if self.missing_is_empty => b"",
-            None => return false,
-        };
-        let found = match &self.value {
+    fn judge(&self, value: &[u8]) -> bool {
+        self.found(value) != self.invert
+    }
+
+    fn found(&self, value: &[u8]) -> bool {
+        match &self.value {
             Value::Text(text) => text.matches(value),
             Value::Range(start, end) => integer(value).is_some_and(|n| n >= *start && n < *end),
-            Value::Present(_) => true,
-        };
-        found != self.invert
+            Value::Present(wanted) => *wanted,
+        }
     }
 }
 
@@ -184,18 +228,6 @@ impl Field {
 
 fn integer(value: &[u8]) -> Option<i64> {
     std::str::from_utf8(value).ok()?.parse().ok()
-}
-
-/// All lines of a header, joined with commas. Allocates, so callers with one line do not ask.
-pub fn joined(headers: &HeaderMap, name: &HeaderName) -> Vec<u8> {
-    let mut all = Vec::new();
-    for (i, value) in headers.get_all(name).iter().enumerate() {
-        if i > 0 {
-            all.push(b',');
-        }
-        all.extend_from_slice(value.as_bytes());
-    }
-    all
 }
 
 /// A compiled [`model::QueryMatcher`]. Values are compared as they stand, without percent-decoding, and the first
@@ -243,7 +275,7 @@ pub fn query(path: &str) -> &str {
 
 #[cfg(test)]
 mod tests {
-    use http::Method;
+    use http::{HeaderMap, Method};
     use proxy_config::model::{HeaderMatcher, HeaderValueMatch, QueryMatcher, StringMatcher, StringPattern};
 
     use super::*;
@@ -266,6 +298,18 @@ mod tests {
         assert!(!text(StringPattern::Regex("a|bc".into()), false).matches(b"abc"));
     }
 
+    #[test]
+    fn simple_expressions_mean_what_the_expression_means() {
+        for said in [".*", ".+", ".*/ns/a/.*", ".*a.b.*"] {
+            let (fast, slow) = (text(StringPattern::Regex(said.into()), false), re2::full_match(said).unwrap());
+            for value in
+                ["", "x", "spiffe://td/ns/a/sa/b", "/ns/a/", "/ns/ab/", "x\n", "\u{e4}/ns/a/", "/ns/a/\n", "a.b"]
+            {
+                assert_eq!(fast.matches(value.as_bytes()), slow.is_match(value.as_bytes()), "{said} {value:?}");
+            }
+        }
+    }
+
     fn header(name: &str, value: HeaderValueMatch, invert: bool, missing: bool) -> HeaderMatch {
         HeaderMatch::compile(&HeaderMatcher { name: name.into(), value, invert, treat_missing_as_empty: missing })
             .unwrap()
@@ -279,19 +323,20 @@ mod tests {
         headers.append("n", "-7".parse().unwrap());
         let r = RequestView { method: &Method::GET, scheme: "http", authority: "h:1", path: "/p?q", headers: &headers };
         let exact = |v: &str| HeaderValueMatch::String(StringMatcher::exact(v));
-        assert!(header("a", exact("v,w"), false, false).matches(&r, Lines::Joined));
-        assert!(!header("a", exact("v"), false, false).matches(&r, Lines::Joined));
-        assert!(header("a", exact("w"), false, false).matches(&r, Lines::Single));
-        assert!(!header("a", exact("v,w"), false, false).matches(&r, Lines::Single));
-        assert!(header(":path", exact("/p?q"), false, false).matches(&r, Lines::Joined));
-        assert!(header(":authority", exact("h:1"), false, false).matches(&r, Lines::Joined));
-        assert!(header("n", HeaderValueMatch::Range(-7, 0), false, false).matches(&r, Lines::Joined));
-        assert!(!header("n", HeaderValueMatch::Range(-6, 0), false, false).matches(&r, Lines::Joined));
-        assert!(!header("zz", exact("v"), true, false).matches(&r, Lines::Joined), "missing never matches");
-        assert!(header("zz", exact("v"), true, true).matches(&r, Lines::Joined), "missing is empty");
-        assert!(header("zz", HeaderValueMatch::Present(false), false, false).matches(&r, Lines::Joined));
-        assert!(header("zz", HeaderValueMatch::Present(true), true, false).matches(&r, Lines::Joined));
-        assert!(!header("a", HeaderValueMatch::Present(true), true, false).matches(&r, Lines::Joined));
+        assert!(!header("a", exact("v,w"), false, false).matches(&r), "lines are not joined");
+        assert!(header("a", exact("v"), false, false).matches(&r));
+        assert!(header("a", exact("w"), false, false).matches(&r));
+        assert!(!header("a", exact("w"), true, false).matches(&r), "one offending line is enough");
+        assert!(header("a", exact("x"), true, false).matches(&r));
+        assert!(header(":path", exact("/p?q"), false, false).matches(&r));
+        assert!(header(":authority", exact("h:1"), false, false).matches(&r));
+        assert!(header("n", HeaderValueMatch::Range(-7, 0), false, false).matches(&r));
+        assert!(!header("n", HeaderValueMatch::Range(-6, 0), false, false).matches(&r));
+        assert!(!header("zz", exact("v"), true, false).matches(&r), "missing never matches");
+        assert!(header("zz", exact("v"), true, true).matches(&r), "missing is empty");
+        assert!(header("zz", HeaderValueMatch::Present(false), false, false).matches(&r));
+        assert!(header("zz", HeaderValueMatch::Present(true), true, false).matches(&r));
+        assert!(!header("a", HeaderValueMatch::Present(true), true, false).matches(&r));
     }
 
     #[test]

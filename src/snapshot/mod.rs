@@ -12,7 +12,9 @@
 //! ```
 
 pub mod action;
+mod action_compile;
 mod chain;
+mod chain_compile;
 mod chain_match;
 mod cluster;
 mod compile;
@@ -20,9 +22,12 @@ mod format;
 mod host;
 mod listener;
 mod matcher;
+mod metadata;
 mod rbac;
 mod re2;
 pub mod route;
+mod route_compile;
+mod template;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
@@ -35,8 +40,8 @@ pub use compile::compile;
 pub use format::{Format, Operator, Segment};
 pub use host::{Breakers, Ejection, Failures, Gauge, Host, HostSet, HostStats, LocalityHosts, Priority, Totals};
 pub use listener::{ChainInput, Inspect, Listener};
-pub use matcher::{HeaderMatch, Lines, QueryMatch, StringMatch, query, url_path};
-pub use proxy_config::Name;
+pub use matcher::{HeaderMatch, QueryMatch, StringMatch, query, url_path};
+pub use proxy_config::{Name, Reject};
 pub use rbac::{Rbac, Verdict};
 pub use route::{Found, NoRoute, Route, RouteTable, VirtualHost};
 
@@ -68,6 +73,7 @@ pub struct Snapshot {
     clusters: Box<[Arc<ClusterShared>]>,
     by_name: ByName<ClusterId>,
     secrets: Secrets,
+    rejects: Box<[Reject]>,
 }
 
 impl Snapshot {
@@ -79,6 +85,17 @@ impl Snapshot {
     /// All listeners, by name.
     pub fn listeners(&self) -> &[Arc<Listener>] {
         &self.listeners
+    }
+
+    /// A listener by name.
+    pub fn listener(&self, name: &str) -> Option<&Arc<Listener>> {
+        let index = self.listeners.binary_search_by(|listener| (*listener.name).cmp(name)).ok()?;
+        Some(&self.listeners[index])
+    }
+
+    /// What is not served as said, of all resources in it.
+    pub fn rejects(&self) -> &[Reject] {
+        &self.rejects
     }
 
     /// The listener that takes over a connection to `dst`: that of the exact address, else that of the wildcard address

@@ -6,13 +6,31 @@ use regex::bytes::{Regex, RegexBuilder};
 const SIZE_LIMIT: usize = 4 << 20;
 
 /// Compiles an expression that must match the whole value.
-pub fn full_match(expression: &str) -> Result<Regex, String> {
+pub(super) fn full_match(expression: &str) -> Result<Regex, String> {
     build(&format!(r"\A(?:{})\z", translate(expression)), expression)
 }
 
 /// Compiles an expression that may match anywhere (rewrites).
-pub fn search(expression: &str) -> Result<Regex, String> {
+pub(super) fn search(expression: &str) -> Result<Regex, String> {
     build(&translate(expression), expression)
+}
+
+/// RE2's substitution (`\1`, `\\`) in the words of [`Regex::replace_all`].
+pub(super) fn substitution(said: &str) -> Result<String, String> {
+    let mut out = String::with_capacity(said.len() + 4);
+    let mut chars = said.chars();
+    while let Some(c) = chars.next() {
+        match c {
+            '$' => out.push_str("$$"),
+            '\\' => match chars.next() {
+                Some('\\') => out.push('\\'),
+                Some(digit) if digit.is_ascii_digit() => out.push_str(&format!("${{{digit}}}")),
+                _ => return Err(format!("{said:?}: a backslash is followed by a digit or a backslash")),
+            },
+            _ => out.push(c),
+        }
+    }
+    Ok(out)
 }
 
 fn build(translated: &str, said: &str) -> Result<Regex, String> {
@@ -124,6 +142,18 @@ fn posix(chars: &mut std::iter::Peekable<std::str::Chars<'_>>, out: &mut String)
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn substitutions() {
+        let re = search("a(b+)").unwrap();
+        let replaced = |said: &str| {
+            let with = substitution(said).unwrap();
+            String::from_utf8(re.replace_all(b"xabby", with.as_bytes()).into_owned()).unwrap()
+        };
+        assert_eq!(replaced(r"[\1\0]"), "x[bbabb]y");
+        assert_eq!(replaced(r"$1\\"), r"x$1\y");
+        assert!(substitution(r"\x").is_err() && substitution(r"\").is_err());
+    }
 
     #[test]
     fn classes_are_ascii() {

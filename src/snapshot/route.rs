@@ -2,14 +2,16 @@
 
 use std::sync::Arc;
 
-use http::header::HeaderValue;
-use proxy_config::model::MetadataMatcher;
+use http::Method;
+use http::header::{CONTENT_TYPE, HeaderValue};
 use regex::bytes::Regex;
 
-use super::action::{Action, Cors, Forward, HeaderOps, Rewrite, WeightedCluster};
+use super::action::{Action, Cors, Forward, HeaderOps, WeightedCluster};
+use super::chain_match::lower;
 use super::cluster::ClusterRef;
-use super::matcher::{HeaderMatch, Lines, QueryMatch};
-use super::{ByName, Name, RequestView, matcher};
+use super::matcher::{HeaderMatch, QueryMatch, query, url_path};
+use super::metadata::MetadataMatch;
+use super::{ByName, Name, RequestView};
 
 /// A compiled route table.
 #[derive(Debug)]
@@ -66,7 +68,7 @@ pub(super) struct RouteMatch {
     pub(super) case_sensitive: bool,
     pub(super) headers: Box<[HeaderMatch]>,
     pub(super) query: Box<[QueryMatch]>,
-    pub(super) metadata: Box<[MetadataMatcher]>,
+    pub(super) metadata: Box<[MetadataMatch]>,
     pub(super) grpc: bool,
 }
 
@@ -133,14 +135,105 @@ pub fn find<'t>(table: &'t RouteTable, request: &RequestView<'_>, draw: u64) -> 
 }
 
 impl RouteTable {
-    /// The virtual host of an authority.
-    pub fn virtual_host(&self, _authority: &str) -> Option<&VirtualHost> {
-        self.virtual_hosts.first()
+    /// The virtual host of an authority: the exact name, else the longest `*.suffix`, else the longest `prefix.*`, else
+    /// `*`. Case plays no part, the port only where the table says so.
+    pub fn virtual_host(&self, authority: &str) -> Option<&VirtualHost> {
+        let host = if self.ignore_port { without_port(authority) } else { authority };
+        let index = self.domains.find(&lower(host))?;
+        self.virtual_hosts.get(index as usize)
+    }
+}
+
+impl Domains {
+    /// `host` is lower case. A wildcard stands for at least one character.
+    fn find(&self, host: &str) -> Option<u32> {
+        if let Some(index) = self.exact.get(host) {
+            return Some(*index);
+        }
+        let suffix = |(suffix, _): &&(Box<str>, u32)| host.len() > suffix.len() && host.ends_with(&**suffix);
+        let prefix = |(prefix, _): &&(Box<str>, u32)| host.len() > prefix.len() && host.starts_with(&**prefix);
+        let wild = self.suffixes.iter().find(suffix).or_else(|| self.prefixes.iter().find(prefix));
+        wild.map(|(_, index)| *index).or(self.any)
+    }
+}
+
+/// Envoy cuts at the last colon, whatever stands behind it, unless it is inside the brackets of an IPv6 address.
+fn without_port(authority: &str) -> &str {
+    match authority.rfind(':') {
+        Some(colon) if authority.rfind(']').is_none_or(|bracket| bracket < colon) => &authority[..colon],
+        _ => authority,
+    }
+}
+
+impl Route {
+    /// What the route matched of the path: the prefix; of an exact path, a template or an expression all of it. This is
+    /// what a prefix rewrite replaces. `None`: the route takes CONNECT requests.
+    pub fn matched<'p>(&self, path: &'p str) -> Option<&'p str> {
+        let path = url_path(path);
+        match &self.matches.path {
+            PathRule::Prefix(prefix) | PathRule::SegmentPrefix(prefix) => {
+                Some(path.get(..prefix.len()).unwrap_or(path))
+            }
+            PathRule::Exact(_) | PathRule::Regex(_) | PathRule::Template(_) => Some(path),
+            PathRule::Connect => None,
+        }
+    }
+
+    /// How the route matches the path, for people: `prefix /api`, `exact /`, ...
+    pub fn path_rule(&self) -> String {
+        match &self.matches.path {
+            PathRule::Prefix(text) => format!("prefix {text}"),
+            PathRule::Exact(text) => format!("exact {text}"),
+            PathRule::SegmentPrefix(text) => format!("path-separated prefix {text}"),
+            PathRule::Regex(re) | PathRule::Template(re) => format!("regex {re}"),
+            PathRule::Connect => "CONNECT".to_owned(),
+        }
     }
 }
 
 impl RouteMatch {
-    fn holds(&self, _request: &RequestView<'_>) -> bool {
-        false
+    /// Whether the route takes the request. What is cheap comes first.
+    fn holds(&self, request: &RequestView<'_>) -> bool {
+        self.path_holds(request)
+            && (!self.grpc || is_grpc(request))
+            && self.headers.iter().all(|header| header.matches(request))
+            && self.query_holds(request)
+            && self.metadata.iter().all(|metadata| metadata.matches(None))
     }
+
+    fn path_holds(&self, request: &RequestView<'_>) -> bool {
+        // A CONNECT without path belongs to the routes that ask for it and to no other, not even `.*`.
+        if request.method == Method::CONNECT && !request.path.starts_with('/') {
+            return matches!(self.path, PathRule::Connect);
+        }
+        let path = url_path(request.path);
+        match &self.path {
+            PathRule::Prefix(prefix) => self.starts(path, prefix),
+            PathRule::Exact(exact) => path.len() == exact.len() && self.starts(path, exact),
+            PathRule::SegmentPrefix(prefix) => {
+                self.starts(path, prefix) && matches!(path.as_bytes().get(prefix.len()), None | Some(b'/'))
+            }
+            PathRule::Regex(re) | PathRule::Template(re) => re.is_match(path.as_bytes()),
+            PathRule::Connect => request.method == Method::CONNECT,
+        }
+    }
+
+    fn starts(&self, path: &str, prefix: &str) -> bool {
+        let Some(start) = path.as_bytes().get(..prefix.len()) else { return false };
+        if self.case_sensitive { start == prefix.as_bytes() } else { start.eq_ignore_ascii_case(prefix.as_bytes()) }
+    }
+
+    fn query_holds(&self, request: &RequestView<'_>) -> bool {
+        if self.query.is_empty() {
+            return true;
+        }
+        let query = query(request.path);
+        self.query.iter().all(|parameter| parameter.matches(query))
+    }
+}
+
+/// Whether the content type is gRPC's; gRPC-Web's is not.
+fn is_grpc(request: &RequestView<'_>) -> bool {
+    let rest = request.headers.get(CONTENT_TYPE).and_then(|value| value.as_bytes().strip_prefix(b"application/grpc"));
+    matches!(rest, Some([] | [b'+', ..]))
 }
