@@ -10,6 +10,7 @@ pub mod error;
 pub mod iptables;
 pub mod net;
 pub mod probe;
+pub mod proxy;
 pub mod snapshot;
 pub mod tls;
 pub mod upstream;

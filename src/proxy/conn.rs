@@ -1,0 +1,233 @@
+//! From an accepted socket to a connection whose chain, peer and policy are known.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use proxy_config::model::TransportProtocol;
+use tokio::time::{Instant, timeout};
+
+use super::Env;
+use crate::drain::Guard;
+use crate::error::Kind;
+use crate::net::Stream;
+use crate::net::sniff::{Inspectors, Sniffed, Sniffer, Transport};
+use crate::snapshot::{Attributes, Chain, ChainInput, Filter, Listener, Rbac};
+use crate::tls::{self, HANDSHAKE_LIMIT, Peer};
+
+/// A connection as it was accepted.
+pub(super) struct Arrival {
+    pub(super) peer: SocketAddr,
+    pub(super) local: SocketAddr,
+    pub(super) destination: SocketAddr,
+    pub(super) listener: Arc<Listener>,
+    pub(super) env: Arc<Env>,
+}
+
+/// A connection that has its chain; shared by its requests.
+pub(super) struct Conn {
+    pub(super) env: Arc<Env>,
+    pub(super) listener: Arc<Listener>,
+    pub(super) chain: Arc<Chain>,
+    pub(super) peer: SocketAddr,
+    pub(super) local: SocketAddr,
+    pub(super) destination: SocketAddr,
+    /// `None` is plaintext.
+    pub(super) tls: Option<Arc<Peer>>,
+    /// Server name that the client sent, whoever ends its TLS.
+    pub(super) sni: Option<String>,
+    /// The client had finished sending when its first bytes were looked at.
+    pub(super) eof: bool,
+    pub(super) id: u64,
+    pub(super) start: Instant,
+    pub(super) started: SystemTime,
+    _guard: Guard,
+}
+
+/// Why a connection ends before its chain serves it.
+#[derive(Debug)]
+pub(super) enum Refusal {
+    /// No chain takes it.
+    NoChain,
+    /// It did not say in time what it is.
+    Silent,
+    /// Its handshake failed.
+    Tls(tls::TlsError),
+    /// Policy; the details.
+    Denied(String),
+    /// The chain cannot be used; why.
+    Unusable(String),
+    /// The client left, or broke off.
+    Gone,
+}
+
+/// Finds the chain, ends TLS, asks policy. `None`: the connection is over and was accounted for.
+pub(super) async fn open(stream: Stream, mut arrival: Arrival) -> Option<(Stream, Arc<Conn>)> {
+    let guard = arrival.env.drain.guard();
+    let view = arrival.env.view();
+    if let Some(other) = view.snap.hand_off(&arrival.listener, arrival.destination) {
+        arrival.listener = Arc::clone(other);
+    }
+    drop(view);
+    let begun = (Instant::now(), SystemTime::now());
+    match establish(stream, &arrival).await {
+        Ok(found) => {
+            let conn = Conn {
+                id: arrival.env.next_connection(),
+                env: arrival.env,
+                listener: arrival.listener,
+                chain: found.chain,
+                peer: arrival.peer,
+                local: arrival.local,
+                destination: arrival.destination,
+                tls: found.tls,
+                sni: found.sni,
+                eof: found.eof,
+                start: begun.0,
+                started: begun.1,
+                _guard: guard,
+            };
+            Some((found.stream, Arc::new(conn)))
+        }
+        Err(refusal) => {
+            tracing::debug!(peer = %arrival.peer, listener = %arrival.listener.name, ?refusal, "connection refused");
+            None
+        }
+    }
+}
+
+/// What [`establish`] finds out.
+struct Established {
+    stream: Stream,
+    chain: Arc<Chain>,
+    tls: Option<Arc<Peer>>,
+    sni: Option<String>,
+    eof: bool,
+}
+
+async fn establish(mut stream: Stream, arrival: &Arrival) -> Result<Established, Refusal> {
+    let seen = inspect(&mut stream, arrival).await.inspect_err(|_| stream.reset_on_drop())?;
+    let chain = chain_for(arrival, &seen).ok_or(Refusal::NoChain).inspect_err(|_| stream.reset_on_drop())?;
+    let chain = Arc::clone(chain);
+    stream = stream.replay(seen.prefix);
+    let mut tls = None;
+    if let Some(context) = &chain.tls {
+        let limit = chain.handshake_timeout.unwrap_or(HANDSHAKE_LIMIT);
+        let (inner, peer) = Box::pin(tls::accept(stream, context, limit)).await.map_err(Refusal::Tls)?;
+        stream = inner;
+        tls = Some(peer);
+    }
+    let sni = tls.as_ref().and_then(|peer| peer.sni.clone()).or(seen.sni);
+    check_filters(&chain, arrival, tls.as_deref(), sni.as_deref())?;
+    Ok(Established { stream, chain, tls, sni, eof: seen.eof })
+}
+
+/// Looks at the first bytes as far as the listener asks.
+async fn inspect(stream: &mut Stream, arrival: &Arrival) -> Result<Sniffed, Refusal> {
+    let plan = arrival.listener.inspect(arrival.destination.port());
+    let mut sniffer = Sniffer::new(Inspectors { tls: plan.tls, http: plan.http });
+    if sniffer.is_done() {
+        return Ok(sniffer.finish());
+    }
+    if let Some(limit) = plan.timeout {
+        return match timeout(limit, sniffer.run(stream)).await {
+            Ok(run) => run.map(|()| sniffer.finish()).map_err(|_| Refusal::Gone),
+            Err(_) if plan.continue_on_timeout => Ok(sniffer.finish()),
+            Err(_) => Err(Refusal::Silent),
+        };
+    }
+    // Without a limit of its own a client may stay silent only where plaintext is served: server-first protocols do.
+    match timeout(HANDSHAKE_LIMIT, sniffer.run(stream)).await {
+        Ok(run) => run.map_err(|_| Refusal::Gone)?,
+        Err(_) => {
+            let nothing = Sniffed::default();
+            if sniffer.seen() > 0 && chain_for(arrival, &nothing).is_none_or(|chain| chain.tls.is_some()) {
+                return Err(Refusal::Silent);
+            }
+            if chain_for(arrival, &nothing).is_none() {
+                return Err(Refusal::Silent);
+            }
+            sniffer.run(stream).await.map_err(|_| Refusal::Gone)?;
+        }
+    }
+    Ok(sniffer.finish())
+}
+
+fn chain_for<'a>(arrival: &'a Arrival, seen: &Sniffed) -> Option<&'a Arc<Chain>> {
+    arrival.listener.chain(&ChainInput {
+        dst: arrival.destination,
+        src: arrival.peer,
+        sni: seen.sni.as_deref(),
+        transport: match seen.transport {
+            Transport::RawBuffer => TransportProtocol::RawBuffer,
+            Transport::Tls => TransportProtocol::Tls,
+        },
+        alpn: &seen.alpn,
+    })
+}
+
+/// Network filters in order; a chain that serves bytes and cannot be used ends here, after the handshake.
+fn check_filters(chain: &Chain, arrival: &Arrival, tls: Option<&Peer>, sni: Option<&str>) -> Result<(), Refusal> {
+    use crate::snapshot::Terminal;
+    match (&chain.terminal, &chain.unusable) {
+        (Terminal::Refuse(why), _) => return Err(Refusal::Unusable(why.to_string())),
+        (Terminal::Tcp(_), Some(why)) => return Err(Refusal::Unusable(why.to_string())),
+        _ => {}
+    }
+    for filter in &chain.l4 {
+        match filter {
+            Filter::Rbac(rbac) => {
+                let attributes = Attributes {
+                    peer: tls,
+                    direct_remote: arrival.peer,
+                    remote_ip: arrival.peer.ip(),
+                    destination: arrival.destination,
+                    sni,
+                    request: None,
+                    metadata: None,
+                };
+                allow(rbac, &attributes)?;
+            }
+            Filter::MetadataExchange(_) => {}
+            Filter::Unsupported(name) => return Err(Refusal::Unusable(format!("filter {name} is not supported"))),
+        }
+    }
+    Ok(())
+}
+
+fn allow(rbac: &Rbac, attributes: &Attributes<'_>) -> Result<(), Refusal> {
+    let verdict = rbac.check(attributes);
+    if verdict.allowed { Ok(()) } else { Err(Refusal::Denied(verdict.details())) }
+}
+
+impl Conn {
+    /// What policy may ask about on this connection.
+    pub(super) fn attributes(&self) -> Attributes<'_> {
+        Attributes {
+            peer: self.tls.as_deref(),
+            direct_remote: self.peer,
+            remote_ip: self.peer.ip(),
+            destination: self.destination,
+            sni: self.sni.as_deref(),
+            request: None,
+            metadata: None,
+        }
+    }
+
+    /// Whether the application behind us is the one asked for.
+    pub(super) fn is_inbound(&self) -> bool {
+        self.listener.direction == proxy_config::model::Direction::Inbound
+    }
+}
+
+impl Refusal {
+    /// The row of the error table, when there is one.
+    pub(super) fn kind(&self) -> Option<Kind> {
+        match self {
+            Self::NoChain | Self::Silent => Some(Kind::NoChain),
+            Self::Unusable(_) => Some(Kind::PolicyUnusable),
+            Self::Denied(_) => Some(Kind::RbacDenied),
+            Self::Tls(_) | Self::Gone => None,
+        }
+    }
+}

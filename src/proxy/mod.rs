@@ -1,0 +1,127 @@
+//! Carries one connection or request from end to end.
+//!
+//! It decides nothing by itself: chains, routes and policies are asked of the snapshot, hosts and retries are the
+//! upstream's. What it owns is the order of things, what is written into headers and local replies, and that every
+//! connection and request is accounted for exactly once, whatever happens to it.
+//!
+//! ```ignore
+//! let env = Arc::new(Env::new(Settings { worker: 0, view, drain, node }));
+//! let destination = net::original_dst(&socket)?;
+//! tokio::spawn(proxy::serve(socket.into(), peer, local, destination, listener, Arc::clone(&env)));
+//! ```
+
+mod body;
+mod conn;
+mod head;
+mod headers;
+mod path;
+mod reply;
+mod request_id;
+mod tcp;
+mod xfcc;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use http::HeaderValue;
+use tokio::sync::watch;
+
+use crate::drain::Watch;
+use crate::net::Stream;
+use crate::snapshot::{Listener, Terminal};
+use crate::upstream::View;
+
+/// What an [`Env`] is made of.
+pub struct Settings {
+    /// Number of the worker.
+    pub worker: usize,
+    /// The configuration to begin with.
+    pub view: Arc<View>,
+    /// When to say goodbye.
+    pub drain: Watch,
+    /// Who we are.
+    pub node: Node,
+}
+
+/// Who we are, as other proxies and logs are told.
+#[derive(Debug, Clone, Default)]
+pub struct Node {
+    /// `x-envoy-peer-metadata-id`: the node's id; `None` exchanges no metadata.
+    pub id: Option<HeaderValue>,
+    /// `x-envoy-peer-metadata`: base64 of the metadata's deterministic protobuf.
+    pub metadata: Option<HeaderValue>,
+    /// `%HOSTNAME%`
+    pub hostname: String,
+}
+
+/// Everything a connection may touch; one for each worker, never shared between workers.
+pub struct Env {
+    worker: usize,
+    /// A request takes a reference of the current view, a TCP connection also waits for changes of policy. The lock
+    /// inside is only ever taken on this worker's thread.
+    view: watch::Sender<Arc<View>>,
+    drain: Watch,
+    node: Node,
+    connections: AtomicU64,
+}
+
+impl Env {
+    /// An environment.
+    pub fn new(settings: Settings) -> Self {
+        Self {
+            worker: settings.worker,
+            view: watch::Sender::new(settings.view),
+            drain: settings.drain,
+            node: settings.node,
+            connections: AtomicU64::new(0),
+        }
+    }
+
+    /// The current configuration.
+    pub fn view(&self) -> Arc<View> {
+        Arc::clone(&self.view.borrow())
+    }
+
+    /// Makes another configuration current: for new connections, for every new request, and for the policy of open TCP
+    /// connections.
+    pub fn swap(&self, view: Arc<View>) {
+        self.view.send_replace(view);
+    }
+
+    /// Number of the worker.
+    pub fn worker(&self) -> usize {
+        self.worker
+    }
+
+    /// When to say goodbye.
+    pub fn drain(&self) -> &Watch {
+        &self.drain
+    }
+
+    /// A number for a connection, unique in the process.
+    fn next_connection(&self) -> u64 {
+        let count = self.connections.fetch_add(1, Ordering::Relaxed);
+        (self.worker as u64) << 48 | count
+    }
+}
+
+/// Serves one accepted connection to its end. `local` is the address it was accepted on, `destination` the one that the
+/// client wanted (the same without redirection), `listener` the one that accepted. Dropping the future ends the
+/// connection at once.
+pub async fn serve(
+    stream: Stream,
+    peer: SocketAddr,
+    local: SocketAddr,
+    destination: SocketAddr,
+    listener: Arc<Listener>,
+    env: Arc<Env>,
+) {
+    let arrival = conn::Arrival { peer, local, destination, listener, env };
+    let Some((stream, conn)) = conn::open(stream, arrival).await else { return };
+    match &conn.chain.terminal {
+        Terminal::Tcp(chain) => tcp::serve(stream, &conn, chain).await,
+        Terminal::Http(_) => {}
+        Terminal::Refuse(_) => {}
+    }
+}
