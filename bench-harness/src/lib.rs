@@ -3,5 +3,6 @@
 
 pub mod app;
 pub mod child;
+pub mod conformance;
 pub mod demo;
 pub mod netns;

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use bench_harness::{app, demo};
+use bench_harness::{app, conformance, demo};
 use clap::{Parser, Subcommand};
 
 /// Load, peers, the demo and the conformance runner of istio-proxy.
@@ -16,6 +16,8 @@ struct Cli {
 enum Command {
     /// Runs the guide's hybrid mesh in network namespaces and checks what it promises.
     Demo(demo::Args),
+    /// Replays recordings of the real programs against the proxy's binary.
+    Conformance(conformance::Args),
     /// A small application to put behind a sidecar.
     App(app::Args),
     /// Sends bytes to a TCP server, prints what comes back.
@@ -25,6 +27,7 @@ enum Command {
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Demo(args) => demo::run(&args),
+        Command::Conformance(args) => conformance::run(&args),
         Command::App(args) => app::run(&args),
         Command::Tcp(args) => app::tcp(&args),
     };

@@ -1,0 +1,114 @@
+//! `make conformance`: recorded cases of the real programs, put to the real binary.
+//!
+//! The runner knows formats. What is in reach, what may differ and why, is said by rules in `docs/conformance.toml`,
+//! which are predicates over a case's content and the difference, never case names.
+
+mod calls;
+mod explain;
+mod input;
+mod models;
+mod rules;
+mod simulation;
+mod tally;
+mod xds;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use rules::Rules;
+use tally::Tally;
+
+/// Arguments of the conformance runner.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    /// The proxy's binary.
+    #[arg(long, value_name = "FILE")]
+    proxy: PathBuf,
+    /// Folder of sets, each a folder with an index.json.
+    #[arg(long, value_name = "DIR")]
+    vectors: PathBuf,
+    /// Reach and exceptions.
+    #[arg(long, value_name = "FILE", default_value = "docs/conformance.toml")]
+    rules: PathBuf,
+    /// Only sets whose name contains this.
+    #[arg(long, value_name = "TEXT")]
+    only: Option<String>,
+    /// Only cases whose name contains this.
+    #[arg(long = "case", value_name = "TEXT")]
+    case: Option<String>,
+    /// Failures printed for each set.
+    #[arg(long, default_value_t = 200)]
+    most: usize,
+}
+
+/// One set on disk.
+struct Set {
+    name: String,
+    folder: PathBuf,
+    index: Value,
+}
+
+/// What the formats need.
+struct Bench<'a> {
+    proxy: &'a Path,
+    rules: &'a Rules,
+    /// Part of a case's name, to run few of them.
+    case: Option<&'a str>,
+}
+
+impl Bench<'_> {
+    fn wants(&self, case: &str) -> bool {
+        self.case.is_none_or(|part| case.contains(part))
+    }
+}
+
+/// Runs every set; the exit code is 1 when a case failed that no rule covers.
+///
+/// # Errors
+/// When the vectors or the rules cannot be read, or the proxy cannot be run.
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let rules = Rules::load(&args.rules)?;
+    let bench = Bench { proxy: &args.proxy, rules: &rules, case: args.case.as_deref() };
+    let mut failed = 0;
+    for set in sets(&args.vectors)? {
+        if args.only.as_ref().is_some_and(|part| !set.name.contains(part.as_str())) {
+            continue;
+        }
+        let tally = run_set(&bench, &set)?;
+        failed += tally.print(&set.name, args.most);
+    }
+    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn run_set(bench: &Bench<'_>, set: &Set) -> Result<Tally> {
+    match set.name.as_str() {
+        "simulation" => simulation::run(bench, set),
+        "xds" => xds::run(bench, set),
+        _ => Ok(Tally::unknown_format(&set.index)),
+    }
+}
+
+fn sets(folder: &Path) -> Result<Vec<Set>> {
+    let entries = fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
+    let mut out = Vec::new();
+    for entry in entries {
+        let folder = entry?.path();
+        let Ok(text) = fs::read_to_string(folder.join("index.json")) else { continue };
+        let index: Value =
+            serde_json::from_str(&text).with_context(|| format!("{}/index.json is no JSON", folder.display()))?;
+        let own = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = index["set"].as_str().map_or(own, str::to_owned);
+        out.push(Set { name, folder, index });
+    }
+    out.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(out)
+}
+
+/// The cases of an index.
+fn cases(set: &Set) -> &[Value] {
+    set.index["cases"].as_array().map_or(&[], Vec::as_slice)
+}
