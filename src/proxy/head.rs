@@ -235,7 +235,7 @@ pub(super) mod tests {
 
     #[test]
     fn refusals_as_observed() {
-        use Malformed::*;
+        use Malformed::{Asterisk, Authority, Codec, Connect, NoHost, QueryContentType, TransferEncoding, Url};
         for (method, uri, headers, expected) in [
             ("GET", "/", &[("host", "a")][..], Ok(())),
             ("GET", "/", &[("host", "")], Ok(())),
