@@ -114,7 +114,7 @@ pub enum Retry {
 }
 
 /// Envoy's response flags as a set.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash)]
 pub struct Flags(u32);
 
 macro_rules! flags {
@@ -164,6 +164,14 @@ impl Flags {
     /// Whether all of `other` is set.
     pub fn contains(self, other: Self) -> bool {
         self.0 & other.0 == other.0
+    }
+    /// Whether any of `other` is set.
+    pub fn intersects(self, other: Self) -> bool {
+        self.0 & other.0 != 0
+    }
+    /// A flag by Envoy's short string.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.iter().find(|(_, text)| *text == name).map(|(flag, _)| *flag)
     }
     /// Sets `other`.
     pub fn insert(&mut self, other: Self) {
@@ -386,6 +394,8 @@ mod tests {
     fn flags_print_in_table_order() {
         assert_eq!((Flags::URX | Flags::UF).to_string(), "UF,URX");
         assert_eq!(Flags::NONE.to_string(), "-");
+        assert_eq!((Flags::named("URX"), Flags::named("NONE")), (Some(Flags::URX), None));
+        assert!((Flags::URX | Flags::UF).intersects(Flags::UF) && !Flags::UF.intersects(Flags::URX));
     }
 
     #[test]

@@ -12,5 +12,6 @@ pub mod net;
 pub mod probe;
 pub mod proxy;
 pub mod snapshot;
+pub mod telemetry;
 pub mod tls;
 pub mod upstream;

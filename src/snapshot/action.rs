@@ -8,9 +8,9 @@ use proxy_config::model::{AppendAction, Fault, Mirror};
 use regex::bytes::Regex;
 
 use super::cluster::ClusterRef;
-use super::format::Format;
 use super::matcher::StringMatch;
 use super::{Name, RequestView};
+use crate::telemetry::Format;
 
 /// What a route does.
 #[derive(Debug)]

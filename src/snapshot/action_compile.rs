@@ -12,8 +12,8 @@ use super::action::{
 };
 use super::cluster::Ids;
 use super::compile::Sink;
-use super::format::Format;
 use super::{StringMatch, re2};
+use crate::telemetry::Format;
 
 /// Route timeout.
 const TIMEOUT: Duration = Duration::from_secs(15);

@@ -4,10 +4,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::header::HeaderValue;
-use proxy_config::model::{self, AccessLog};
+use proxy_config::model;
 
 use super::cluster::WeightedClusters;
 use super::{Name, Rbac, RouteTable};
+use crate::telemetry::AccessLogs;
 use crate::tls::ServerTls;
 
 /// A filter chain.
@@ -70,7 +71,7 @@ pub struct TcpChain {
     /// Hash of the source address chooses the host.
     pub hash_source_ip: bool,
     /// Access logs.
-    pub access_log: Arc<[AccessLog]>,
+    pub access_log: Arc<AccessLogs>,
 }
 
 /// An HTTP connection manager.
@@ -204,7 +205,7 @@ pub struct HttpOptions {
     /// Which addresses count as internal.
     pub internal_cidrs: Box<[ipnet::IpNet]>,
     /// Access logs.
-    pub access_log: Arc<[AccessLog]>,
+    pub access_log: Arc<AccessLogs>,
     /// Tracing.
     pub tracing: Option<model::Tracing>,
 }

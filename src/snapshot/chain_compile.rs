@@ -10,6 +10,7 @@ use super::action_compile::off;
 use super::chain::Routes;
 use super::cluster::{Ids, WeightedClusters};
 use super::compile::{Sink, missing_secret};
+use super::logs::access_logs;
 use super::{
     AlpnRewrite, Chain, Filter, HttpChain, HttpFilter, HttpOptions, Name, Rbac, TcpChain, Terminal, route_compile,
 };
@@ -149,7 +150,7 @@ impl Build<'_, '_> {
             idle_timeout: off(said.idle_timeout.unwrap_or(IDLE)),
             max_duration: said.max_downstream_connection_duration.and_then(off),
             hash_source_ip: said.hash_source_ip,
-            access_log: said.access_log.clone().into(),
+            access_log: access_logs(&said.access_log, self.sink),
         }))
     }
 
@@ -231,7 +232,7 @@ fn options(said: &HttpConnectionManager, sink: &mut Sink<'_>) -> HttpOptions {
         suppress_envoy_headers: said.suppress_envoy_headers,
         http2: said.http2,
         internal_cidrs: said.internal_cidrs.as_slice().into(),
-        access_log: said.access_log.clone().into(),
+        access_log: access_logs(&said.access_log, sink),
         tracing: said.tracing.clone(),
     }
 }

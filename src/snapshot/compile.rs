@@ -12,6 +12,7 @@ use super::chain_match::ChainMatcher;
 use super::cluster::{Ids, Transport};
 use super::host::{Breakers, HostSet};
 use super::listener::Inspectors;
+use super::logs::access_logs;
 use super::{ByName, Chain, ClusterId, ClusterShared, Listener, Name, RouteTable, Snapshot, route_compile};
 use crate::tls::Secrets;
 
@@ -353,7 +354,7 @@ fn listener(config: Arc<model::Listener>, chains: ChainMatcher, sink: &mut Sink<
         proxy_protocol: has(|kind| matches!(kind, model::ListenerFilterKind::ProxyProtocol)),
         exact_balance: said.exact_balance,
         max_accepts_per_event: said.max_accepts_per_event,
-        access_log: said.access_log.clone().into(),
+        access_log: access_logs(&said.access_log, sink),
         inspectors: Inspectors::new(said),
         chains,
         config,

@@ -4,11 +4,12 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use proxy_config::model::{self, AccessLog, Direction, ListenerFilterKind, PortPredicate, TransportProtocol};
+use proxy_config::model::{self, Direction, ListenerFilterKind, PortPredicate, TransportProtocol};
 
 use super::Name;
 use super::chain::Chain;
 use super::chain_match::ChainMatcher;
+use crate::telemetry::AccessLogs;
 
 /// A listener, bound or reached by hand-off.
 #[derive(Debug)]
@@ -38,7 +39,7 @@ pub struct Listener {
     /// Accepts taken per readiness event.
     pub max_accepts_per_event: Option<u32>,
     /// Logs of connections without a chain.
-    pub access_log: Arc<[AccessLog]>,
+    pub access_log: Arc<AccessLogs>,
     /// What was said.
     pub config: Arc<model::Listener>,
     pub(super) inspectors: Inspectors,

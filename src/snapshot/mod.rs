@@ -18,9 +18,9 @@ mod chain_compile;
 mod chain_match;
 mod cluster;
 mod compile;
-mod format;
 mod host;
 mod listener;
+mod logs;
 mod matcher;
 mod metadata;
 mod rbac;
@@ -37,7 +37,6 @@ use http::{HeaderMap, Method};
 pub use chain::{AlpnRewrite, Chain, Filter, HttpChain, HttpFilter, HttpOptions, TcpChain, Terminal};
 pub use cluster::{ClusterRef, ClusterShared, Transport, WeightedClusters};
 pub use compile::compile;
-pub use format::{Format, Operator, Segment};
 pub use host::{Breakers, Ejection, Failures, Gauge, Host, HostSet, HostStats, LocalityHosts, Priority, Totals};
 pub use listener::{ChainInput, Inspect, Listener};
 pub use matcher::{HeaderMatch, QueryMatch, StringMatch, query, url_path};
@@ -45,6 +44,7 @@ pub use proxy_config::{Name, Reject};
 pub use rbac::{Rbac, Verdict};
 pub use route::{Found, NoRoute, Route, RouteTable, VirtualHost};
 
+pub use crate::telemetry::{Format, Operator, Segment};
 use crate::tls::{Peer, Secrets};
 
 /// A map by name with the hasher of the hot path.

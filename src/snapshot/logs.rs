@@ -1,0 +1,107 @@
+//! Access logs of the model, compiled for telemetry.
+
+use std::sync::Arc;
+
+use proxy_config::model;
+
+use super::compile::Sink;
+use crate::error::Flags;
+use crate::telemetry::{AccessLogs, Compare, LogFilter, LogShape, SaidLog};
+
+/// Compiles. A log whose sink or filter we do not do is left out by name; an operator that we do not know prints as
+/// absent.
+pub(super) fn access_logs(said: &[model::AccessLog], sink: &mut Sink<'_>) -> Arc<AccessLogs> {
+    let mut logs = Vec::new();
+    for log in said {
+        match one(log) {
+            Ok(log) => logs.push(log),
+            Err(why) => sink.error("access_log", format!("{why} is not supported; the log is left out")),
+        }
+    }
+    let (compiled, unknown) = AccessLogs::compile(logs);
+    for operator in unknown {
+        sink.warn("access_log", format!("operator {operator} is not supported; it prints as absent"));
+    }
+    Arc::new(compiled)
+}
+
+fn one(said: &model::AccessLog) -> Result<SaidLog<'_>, String> {
+    let (path, format) = match &said.sink {
+        model::LogSink::File { path, format } => (path, format),
+        model::LogSink::Grpc { log_name, .. } => return Err(format!("gRPC access log service {log_name}")),
+        model::LogSink::OpenTelemetry { log_name, .. } => return Err(format!("OpenTelemetry access log {log_name}")),
+    };
+    let shape = match format {
+        model::LogFormat::Text(text) => LogShape::Text(text),
+        model::LogFormat::Json(value) => LogShape::Json(value),
+        model::LogFormat::Default => LogShape::Default,
+    };
+    Ok(SaidLog { path, shape, filter: said.filter.as_ref().map(filter).transpose()? })
+}
+
+fn filter(said: &model::LogFilter) -> Result<LogFilter, String> {
+    Ok(match said {
+        model::LogFilter::ResponseFlags(names) => {
+            let mut flags = Flags::NONE;
+            for name in names {
+                flags.insert(Flags::named(name).ok_or_else(|| format!("filter on unknown flag {name}"))?);
+            }
+            LogFilter::Flags(flags)
+        }
+        model::LogFilter::Status(operator, value) => {
+            let compare = match operator.as_str() {
+                "EQ" => Compare::Eq,
+                "NE" => Compare::Ne,
+                "GE" => Compare::Ge,
+                "LE" => Compare::Le,
+                other => return Err(format!("status filter with operator {other}")),
+            };
+            LogFilter::Status(compare, u16::try_from(*value).map_err(|_| format!("status filter on {value}"))?)
+        }
+        model::LogFilter::Cel(expression) => return Err(format!("CEL filter `{expression}`")),
+        model::LogFilter::Header(_) => return Err("header filter".to_owned()),
+        model::LogFilter::And(all) => LogFilter::And(all.iter().map(filter).collect::<Result<_, _>>()?),
+        model::LogFilter::Or(some) => LogFilter::Or(some.iter().map(filter).collect::<Result<_, _>>()?),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::{Duration, SystemTime};
+
+    use proxy_config::Severity;
+
+    use super::*;
+    use crate::telemetry::{Record, RecordKind};
+
+    fn file(filter: Option<model::LogFilter>) -> model::AccessLog {
+        let format = model::LogFormat::Text("%FILTER_STATE(x:PLAIN)%\n".to_owned());
+        model::AccessLog { sink: model::LogSink::File { path: "/dev/stdout".to_owned(), format }, filter }
+    }
+
+    #[test]
+    fn what_is_not_done_is_named() {
+        let cel = file(Some(model::LogFilter::Cel("response.code > 400".to_owned())));
+        let mut rejects = Vec::new();
+        let logs = access_logs(&[cel, file(None)], &mut Sink::new(&mut rejects, "Listener x"));
+        assert!(!logs.is_empty());
+        let [error, warning] = &rejects[..] else { panic!("{rejects:?}") };
+        assert!(error.severity == Severity::Error && error.reason.contains("response.code > 400"));
+        assert!(warning.severity == Severity::Warning && warning.reason.contains("%FILTER_STATE(x:PLAIN)%"));
+    }
+
+    #[test]
+    fn filters_compare_flags_and_status() {
+        let said = model::LogFilter::Or(vec![
+            model::LogFilter::ResponseFlags(vec!["NR".to_owned(), "UF".to_owned()]),
+            model::LogFilter::Status("GE".to_owned(), 400),
+        ]);
+        let filter = filter(&said).unwrap();
+        let quiet = Record::new(RecordKind::Http, SystemTime::UNIX_EPOCH, Duration::ZERO);
+        assert!(!filter.holds(&quiet));
+        assert!(filter.holds(&Record { code: 400, ..quiet }));
+        assert!(filter.holds(&Record { flags: Flags::UF | Flags::URX, ..quiet }));
+        let any = LogFilter::Flags(Flags::NONE);
+        assert!(any.holds(&Record { flags: Flags::DC, ..quiet }) && !any.holds(&quiet));
+    }
+}

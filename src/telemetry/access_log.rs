@@ -1,0 +1,302 @@
+//! Access logs as configured: formats and filters compiled once, lines rendered into a buffer.
+
+use std::sync::Arc;
+
+use http::{HeaderMap, HeaderName};
+use serde_json::Value;
+
+use super::format::{Format, Segment};
+use super::json_log::put_json_text;
+use super::operator::{Op, Wrote};
+use super::record::{Captured, Record};
+use crate::error::Flags;
+
+/// Envoy's own format, when a log names none.
+const ENVOY_FORMAT: &str = concat!(
+    "[%START_TIME%] \"%REQ(:METHOD)% %REQ(X-ENVOY-ORIGINAL-PATH?:PATH)% %PROTOCOL%\" %RESPONSE_CODE% ",
+    "%RESPONSE_FLAGS% %BYTES_RECEIVED% %BYTES_SENT% %DURATION% %RESP(X-ENVOY-UPSTREAM-SERVICE-TIME)% ",
+    "\"%REQ(X-FORWARDED-FOR)%\" \"%REQ(USER-AGENT)%\" \"%REQ(X-REQUEST-ID)%\" \"%REQ(:AUTHORITY)%\" ",
+    "\"%UPSTREAM_HOST%\"\n"
+);
+
+/// Where standard output is written to under all its names.
+pub(super) const STDOUT: &str = "/dev/stdout";
+
+/// A log as said.
+#[derive(Debug, Clone)]
+pub struct SaidLog<'a> {
+    /// File; `-` and `/dev/stdout` are standard output.
+    pub path: &'a str,
+    /// What a line looks like.
+    pub shape: LogShape<'a>,
+    /// Which records are written; `None`: all.
+    pub filter: Option<LogFilter>,
+}
+
+/// What a line looks like.
+#[derive(Debug, Clone, Copy)]
+pub enum LogShape<'a> {
+    /// Text with command operators; it ends its lines itself.
+    Text(&'a str),
+    /// A JSON object whose texts have command operators.
+    Json(&'a Value),
+    /// Envoy's default text.
+    Default,
+}
+
+/// Which records are written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LogFilter {
+    /// One of these flags is set; none given: any flag.
+    Flags(Flags),
+    /// The status compares.
+    Status(Compare, u16),
+    /// All hold.
+    And(Vec<LogFilter>),
+    /// One holds.
+    Or(Vec<LogFilter>),
+}
+
+/// How a status compares.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Compare {
+    /// Equal.
+    Eq,
+    /// Not equal.
+    Ne,
+    /// At least.
+    Ge,
+    /// At most.
+    Le,
+}
+
+impl LogFilter {
+    /// Whether a record is written.
+    pub fn holds(&self, record: &Record<'_>) -> bool {
+        match self {
+            Self::Flags(wanted) if wanted.is_empty() => !record.flags.is_empty(),
+            Self::Flags(wanted) => record.flags.intersects(*wanted),
+            Self::Status(Compare::Eq, status) => record.code == *status,
+            Self::Status(Compare::Ne, status) => record.code != *status,
+            Self::Status(Compare::Ge, status) => record.code >= *status,
+            Self::Status(Compare::Le, status) => record.code <= *status,
+            Self::And(all) => all.iter().all(|filter| filter.holds(record)),
+            Self::Or(some) => some.iter().any(|filter| filter.holds(record)),
+        }
+    }
+}
+
+/// The logs of a chain or listener, compiled.
+#[derive(Debug, Default)]
+pub struct AccessLogs {
+    logs: Box<[Log]>,
+    request_headers: Box<[HeaderName]>,
+    response_headers: Box<[HeaderName]>,
+}
+
+/// One log.
+#[derive(Debug)]
+pub(super) struct Log {
+    pub(super) path: Arc<str>,
+    pieces: Box<[Piece]>,
+    filter: Option<LogFilter>,
+}
+
+/// A piece of a line.
+#[derive(Debug)]
+enum Piece {
+    Literal(Box<str>),
+    /// An operator in text: `-` when absent.
+    Text(Op),
+    /// An operator that is a whole JSON value: a number, a text or null.
+    Json(Op),
+    /// An operator inside a JSON text.
+    JsonText(Op),
+}
+
+impl AccessLogs {
+    /// Compiles. The second value names the operators that we do not know; they print as absent.
+    pub fn compile<'a>(said: impl IntoIterator<Item = SaidLog<'a>>) -> (Self, Vec<String>) {
+        let mut unknown = Vec::new();
+        let logs: Box<[Log]> = said.into_iter().map(|said| Log::compile(said, &mut unknown)).collect();
+        let mut request_headers = vec![
+            http::header::USER_AGENT,
+            HeaderName::from_static("x-forwarded-for"),
+            HeaderName::from_static("x-request-id"),
+        ];
+        let mut response_headers = Vec::new();
+        for op in logs.iter().flat_map(|log| &log.pieces).filter_map(Piece::op) {
+            request_headers.extend(op.request_headers().cloned());
+            response_headers.extend(op.response_headers().cloned());
+        }
+        let unique = |mut names: Vec<HeaderName>| {
+            names.sort_by(|one, other| one.as_str().cmp(other.as_str()));
+            names.dedup();
+            names.into_boxed_slice()
+        };
+        let logs = Self { logs, request_headers: unique(request_headers), response_headers: unique(response_headers) };
+        (logs, unknown)
+    }
+
+    /// Whether nothing is logged.
+    pub fn is_empty(&self) -> bool {
+        self.logs.is_empty()
+    }
+
+    /// Keeps the request headers that lines will tell, before they go upstream.
+    pub fn capture_request(&self, headers: &HeaderMap) -> Captured {
+        capture(&self.request_headers, headers)
+    }
+
+    /// Keeps the response headers that lines will tell.
+    pub fn capture_response(&self, headers: &HeaderMap) -> Captured {
+        capture(&self.response_headers, headers)
+    }
+
+    pub(super) fn wanted<'a>(&'a self, record: &'a Record<'_>) -> impl Iterator<Item = &'a Log> {
+        self.logs.iter().filter(|log| log.filter.as_ref().is_none_or(|filter| filter.holds(record)))
+    }
+}
+
+fn capture(names: &[HeaderName], headers: &HeaderMap) -> Captured {
+    names.iter().filter_map(|name| Some((name.clone(), headers.get(name)?.clone()))).collect()
+}
+
+impl Log {
+    fn compile(said: SaidLog<'_>, unknown: &mut Vec<String>) -> Self {
+        let mut pieces = Vec::new();
+        match said.shape {
+            LogShape::Text(format) => text(format, Piece::Text, unknown, &mut pieces),
+            LogShape::Default => text(ENVOY_FORMAT, Piece::Text, unknown, &mut pieces),
+            LogShape::Json(value) => {
+                json(value, unknown, &mut pieces);
+                literal("\n", &mut pieces);
+            }
+        }
+        Self { path: canonical_path(said.path).into(), pieces: pieces.into(), filter: said.filter }
+    }
+
+    /// Appends the line.
+    pub(super) fn write(&self, record: &Record<'_>, out: &mut Vec<u8>) {
+        for piece in &self.pieces {
+            match piece {
+                Piece::Literal(text) => out.extend_from_slice(text.as_bytes()),
+                Piece::Text(op) => {
+                    if op.write(record, out) == Wrote::Nothing {
+                        out.push(b'-');
+                    }
+                }
+                Piece::Json(op) => json_value(op, record, out),
+                Piece::JsonText(op) => {
+                    let mut value = Vec::new();
+                    if op.write(record, &mut value) == Wrote::Nothing {
+                        value.push(b'-');
+                    }
+                    put_json_text(&value, out);
+                }
+            }
+        }
+    }
+}
+
+pub(super) fn canonical_path(path: &str) -> &str {
+    if path == "-" { STDOUT } else { path }
+}
+
+impl Piece {
+    fn op(&self) -> Option<&Op> {
+        match self {
+            Self::Literal(_) => None,
+            Self::Text(op) | Self::Json(op) | Self::JsonText(op) => Some(op),
+        }
+    }
+}
+
+fn json_value(op: &Op, record: &Record<'_>, out: &mut Vec<u8>) {
+    let start = out.len();
+    match op.write(record, out) {
+        Wrote::Nothing => out.extend_from_slice(b"null"),
+        Wrote::Number => {}
+        Wrote::Text => {
+            let value = out.split_off(start);
+            out.push(b'"');
+            put_json_text(&value, out);
+            out.push(b'"');
+        }
+    }
+}
+
+/// Appends a literal, to the last one if the line ends in one.
+fn literal(text: &str, pieces: &mut Vec<Piece>) {
+    if let Some(Piece::Literal(last)) = pieces.last_mut() {
+        *last = format!("{last}{text}").into();
+    } else {
+        pieces.push(Piece::Literal(text.into()));
+    }
+}
+
+fn text(format: &str, wrap: fn(Op) -> Piece, unknown: &mut Vec<String>, pieces: &mut Vec<Piece>) {
+    for segment in Format::compile(format).segments() {
+        match segment {
+            Segment::Literal(text) => literal(text, pieces),
+            Segment::Operator(said) => {
+                let (op, not_known) = Op::compile(said);
+                unknown.extend(not_known);
+                pieces.push(wrap(op));
+            }
+        }
+    }
+}
+
+/// Flattens a JSON value into literals and operators.
+fn json(value: &Value, unknown: &mut Vec<String>, pieces: &mut Vec<Piece>) {
+    match value {
+        Value::Object(fields) => {
+            for (i, (key, value)) in fields.iter().enumerate() {
+                literal(if i == 0 { "{" } else { "," }, pieces);
+                literal(&Value::from(key.as_str()).to_string(), pieces);
+                literal(":", pieces);
+                json(value, unknown, pieces);
+            }
+            literal(if fields.is_empty() { "{}" } else { "}" }, pieces);
+        }
+        Value::Array(items) => {
+            for (i, value) in items.iter().enumerate() {
+                literal(if i == 0 { "[" } else { "," }, pieces);
+                json(value, unknown, pieces);
+            }
+            literal(if items.is_empty() { "[]" } else { "]" }, pieces);
+        }
+        Value::String(format) => json_format(format, unknown, pieces),
+        Value::Null | Value::Bool(_) | Value::Number(_) => literal(&value.to_string(), pieces),
+    }
+}
+
+/// A format that is one operator becomes a value of its type; anything else is a text.
+fn json_format(format: &str, unknown: &mut Vec<String>, pieces: &mut Vec<Piece>) {
+    if let [Segment::Operator(said)] = Format::compile(format).segments() {
+        let (op, not_known) = Op::compile(said);
+        unknown.extend(not_known);
+        pieces.push(Piece::Json(op));
+        return;
+    }
+    literal("\"", pieces);
+    for segment in Format::compile(format).segments() {
+        match segment {
+            Segment::Literal(text) => {
+                let quoted = Value::from(&**text).to_string();
+                literal(&quoted[1..quoted.len() - 1], pieces);
+            }
+            Segment::Operator(said) => {
+                let (op, not_known) = Op::compile(said);
+                unknown.extend(not_known);
+                pieces.push(Piece::JsonText(op));
+            }
+        }
+    }
+    literal("\"", pieces);
+}
+
+#[cfg(test)]
+#[path = "access_log_tests.rs"]
+mod tests;

@@ -1,0 +1,544 @@
+//! Istio's standard metrics: who called whom, as labels, one set of cells for each label set.
+//!
+//! Label sets are found by their small facts (cluster's service, peer, status, flags), not by their text, which is made
+//! once. A hard cap bounds what strange peers and hosts can cost: past it, everything new counts in one series whose
+//! labels read `overflow`.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::hash::{Hash, Hasher};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use hashbrown::{Equivalent, HashMap};
+
+use super::histogram::{Histogram, Merged};
+use super::metrics::{Counter, lock};
+use crate::error::Flags;
+
+/// Most label sets of one kind on one worker: about 8 KB each with text, key and three histograms.
+const CAP: usize = 2048;
+
+const UNKNOWN: &str = "unknown";
+
+/// Who we are, in labels (node metadata).
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct NodeLabels {
+    /// `WORKLOAD_NAME`
+    pub workload: String,
+    /// `NAMESPACE`
+    pub namespace: String,
+    /// Label `service.istio.io/canonical-name`
+    pub canonical_service: String,
+    /// Label `service.istio.io/canonical-revision`
+    pub canonical_revision: String,
+    /// Label `app`
+    pub app: String,
+    /// Label `version`
+    pub version: String,
+    /// `CLUSTER_ID`
+    pub cluster: String,
+    /// `ISTIO_VERSION`, for `istio_build`
+    pub istio_version: String,
+}
+
+/// Which side tells.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Reporter {
+    /// The client's proxy (outbound listeners).
+    Source,
+    /// The server's proxy (inbound listeners).
+    Destination,
+}
+
+/// `request_protocol`
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Protocol {
+    /// HTTP that is not gRPC.
+    Http,
+    /// `content-type: application/grpc`
+    Grpc,
+    /// Bytes.
+    Tcp,
+}
+
+/// `filter_metadata.istio.services[0]` of a cluster.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Service<'a> {
+    /// FQDN.
+    pub host: &'a str,
+    /// Short name; empty: the first label of the host.
+    pub name: &'a str,
+    /// Namespace; empty: the peer's.
+    pub namespace: &'a str,
+}
+
+/// The facts that labels are made of. An empty text means: not known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Labels<'a> {
+    /// Which side we are.
+    pub reporter: Reporter,
+    /// What was spoken.
+    pub protocol: Protocol,
+    /// The cluster's service.
+    pub service: Option<Service<'a>>,
+    /// Name of the cluster; used when there is no service.
+    pub cluster: &'a str,
+    /// Host of the request; used outbound when there is no service.
+    pub authority: &'a str,
+    /// `istio.workload` of the endpoint (outbound): `name;namespace;canonical service;revision;cluster`.
+    pub workload: &'a str,
+    /// URI SAN of our certificate on this connection.
+    pub local_principal: &'a str,
+    /// URI SAN of the peer's.
+    pub peer_principal: &'a str,
+    /// Status; 0: none was sent.
+    pub code: u16,
+    /// gRPC status.
+    pub grpc_status: Option<u32>,
+    /// Response flags.
+    pub flags: Flags,
+}
+
+impl Labels<'_> {
+    /// The same without what will not be printed, so that it does not split series.
+    fn essential(self) -> Self {
+        if self.service.is_some() {
+            return Self { cluster: "", authority: "", ..self };
+        }
+        if self.reporter == Reporter::Destination {
+            return Self { authority: "", ..self };
+        }
+        self
+    }
+}
+
+/// Sizes and time of a request.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Sizes {
+    /// From its first byte to the end of its response.
+    pub duration: Duration,
+    /// Bytes of the request, headers included.
+    pub request_bytes: u64,
+    /// Bytes of the response, headers included.
+    pub response_bytes: u64,
+}
+
+/// Cells of one label set for requests.
+#[derive(Debug, Default)]
+pub(super) struct RequestSeries {
+    total: Counter,
+    duration: Histogram,
+    request_bytes: Histogram,
+    response_bytes: Histogram,
+}
+
+impl RequestSeries {
+    pub(super) fn record(&self, sizes: Sizes) {
+        self.total.inc();
+        self.duration.record(u64::try_from(sizes.duration.as_millis()).unwrap_or(u64::MAX));
+        self.request_bytes.record(sizes.request_bytes);
+        self.response_bytes.record(sizes.response_bytes);
+    }
+}
+
+/// Cells of one label set for TCP connections.
+#[derive(Debug, Default)]
+pub(super) struct TcpSeries {
+    opened: Counter,
+    closed: Counter,
+    sent: Counter,
+    received: Counter,
+}
+
+/// An open TCP connection in the metrics; dropped when it is closed.
+#[derive(Debug)]
+pub struct TcpReport(Arc<Series<TcpSeries>>);
+
+impl TcpReport {
+    pub(super) fn open(series: Arc<Series<TcpSeries>>) -> Self {
+        series.cells.opened.inc();
+        Self(series)
+    }
+
+    /// Bytes since the last call: `sent` to the client, `received` from it.
+    pub fn bytes(&self, sent: u64, received: u64) {
+        self.0.cells.sent.add(sent);
+        self.0.cells.received.add(received);
+    }
+}
+
+impl Drop for TcpReport {
+    fn drop(&mut self) {
+        self.0.cells.closed.inc();
+    }
+}
+
+/// Cells with their label text.
+#[derive(Debug)]
+pub(super) struct Series<T> {
+    text: Box<str>,
+    cells: T,
+}
+
+/// Series of one worker by the facts of their labels.
+#[derive(Debug)]
+pub(super) struct Cache<T> {
+    /// The worker's own; the reader never asks for this lock.
+    by_facts: Mutex<Known<T>>,
+    /// For the reader; the worker asks only when a series is new.
+    all: Mutex<Vec<Arc<Series<T>>>>,
+}
+
+#[derive(Debug)]
+struct Known<T> {
+    series: HashMap<Owned, Arc<Series<T>>, foldhash::fast::RandomState>,
+    /// By reporter.
+    overflow: [Option<Arc<Series<T>>>; 2],
+}
+
+impl<T> Default for Cache<T> {
+    fn default() -> Self {
+        let known = Known { series: HashMap::default(), overflow: [None, None] };
+        Self { by_facts: Mutex::new(known), all: Mutex::default() }
+    }
+}
+
+impl<T: Default> Cache<T> {
+    /// Calls `count` with the cells of these labels.
+    pub(super) fn with(&self, labels: &Labels<'_>, node: &NodeLabels, count: impl FnOnce(&T)) {
+        let essential = labels.essential();
+        let mut known = lock(&self.by_facts);
+        if let Some(series) = known.series.get(&essential) {
+            return count(&series.cells);
+        }
+        count(&self.learn(&mut known, &essential, node).cells);
+    }
+
+    /// The cells of these labels, to keep.
+    pub(super) fn handle(&self, labels: &Labels<'_>, node: &NodeLabels) -> Arc<Series<T>> {
+        let essential = labels.essential();
+        let mut known = lock(&self.by_facts);
+        if let Some(series) = known.series.get(&essential) {
+            return Arc::clone(series);
+        }
+        self.learn(&mut known, &essential, node)
+    }
+
+    fn learn(&self, known: &mut Known<T>, labels: &Labels<'_>, node: &NodeLabels) -> Arc<Series<T>> {
+        let make = |text: String| {
+            let series = Arc::new(Series { text: text.into(), cells: T::default() });
+            lock(&self.all).push(Arc::clone(&series));
+            series
+        };
+        if known.series.len() >= CAP {
+            let slot = &mut known.overflow[labels.reporter as usize];
+            return Arc::clone(slot.get_or_insert_with(|| make(overflow_text(labels))));
+        }
+        let series = make(text(labels, node));
+        known.series.insert(Owned::new(labels), Arc::clone(&series));
+        series
+    }
+}
+
+/// [`Labels`] that own their texts, one behind the other.
+#[derive(Debug)]
+struct Owned {
+    texts: Box<str>,
+    /// Ends of the texts.
+    ends: [u32; 8],
+    has_service: bool,
+    rest: (Reporter, Protocol, u16, Option<u32>, Flags),
+}
+
+impl Owned {
+    fn new(labels: &Labels<'_>) -> Self {
+        let service = labels.service.unwrap_or(Service { host: "", name: "", namespace: "" });
+        let parts = [
+            service.host,
+            service.name,
+            service.namespace,
+            labels.cluster,
+            labels.authority,
+            labels.workload,
+            labels.local_principal,
+            labels.peer_principal,
+        ];
+        let mut end = 0;
+        let ends = parts.map(|part| {
+            end += part.len() as u32;
+            end
+        });
+        Self {
+            texts: parts.concat().into(),
+            ends,
+            has_service: labels.service.is_some(),
+            rest: (labels.reporter, labels.protocol, labels.code, labels.grpc_status, labels.flags),
+        }
+    }
+
+    fn part(&self, index: usize) -> &str {
+        let start = index.checked_sub(1).map_or(0, |before| self.ends[before]);
+        &self.texts[start as usize..self.ends[index] as usize]
+    }
+
+    fn view(&self) -> Labels<'_> {
+        let service = Service { host: self.part(0), name: self.part(1), namespace: self.part(2) };
+        Labels {
+            reporter: self.rest.0,
+            protocol: self.rest.1,
+            service: self.has_service.then_some(service),
+            cluster: self.part(3),
+            authority: self.part(4),
+            workload: self.part(5),
+            local_principal: self.part(6),
+            peer_principal: self.part(7),
+            code: self.rest.2,
+            grpc_status: self.rest.3,
+            flags: self.rest.4,
+        }
+    }
+}
+
+impl Hash for Owned {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.view().hash(state);
+    }
+}
+
+impl PartialEq for Owned {
+    fn eq(&self, other: &Self) -> bool {
+        self.view() == other.view()
+    }
+}
+
+impl Eq for Owned {}
+
+impl Equivalent<Owned> for Labels<'_> {
+    fn equivalent(&self, key: &Owned) -> bool {
+        *self == key.view()
+    }
+}
+
+/// Appends `name="value"` with a comma between pairs; the value is escaped.
+pub(super) fn push_label(out: &mut String, name: &str, value: &str) {
+    if !out.is_empty() {
+        out.push(',');
+    }
+    out.push_str(name);
+    out.push_str("=\"");
+    for c in value.chars() {
+        match c {
+            '"' => out.push_str("\\\""),
+            '\\' => out.push_str("\\\\"),
+            '\n' => out.push_str("\\n"),
+            c => out.push(c),
+        }
+    }
+    out.push('"');
+}
+
+/// One end of a call, as labels want it.
+struct End<'a> {
+    workload: &'a str,
+    canonical_service: &'a str,
+    canonical_revision: &'a str,
+    namespace: &'a str,
+    app: &'a str,
+    version: &'a str,
+    cluster: &'a str,
+}
+
+impl<'a> End<'a> {
+    fn own(node: &'a NodeLabels) -> Self {
+        Self {
+            workload: &node.workload,
+            canonical_service: &node.canonical_service,
+            canonical_revision: &node.canonical_revision,
+            namespace: &node.namespace,
+            app: &node.app,
+            version: &node.version,
+            cluster: &node.cluster,
+        }
+    }
+
+    /// What endpoint metadata and the peer's identity tell; the rest would need metadata exchange.
+    fn peer(labels: &Labels<'a>) -> Self {
+        let mut parts = labels.workload.split(';');
+        let mut next = |absent: &'static str| parts.next().filter(|part| !part.is_empty()).unwrap_or(absent);
+        let workload = next(UNKNOWN);
+        let namespace = next("");
+        let canonical_service = next(UNKNOWN);
+        let canonical_revision = next("latest");
+        let cluster = next(UNKNOWN);
+        let of_identity = namespace_of(labels.peer_principal);
+        let namespace = if namespace.is_empty() { of_identity.unwrap_or(UNKNOWN) } else { namespace };
+        Self { workload, canonical_service, canonical_revision, namespace, app: UNKNOWN, version: UNKNOWN, cluster }
+    }
+}
+
+/// The namespace in `spiffe://domain/ns/NAMESPACE/sa/ACCOUNT`.
+fn namespace_of(principal: &str) -> Option<&str> {
+    let (_, path) = principal.strip_prefix("spiffe://")?.split_once('/')?;
+    let (namespace, _) = path.strip_prefix("ns/")?.split_once('/')?;
+    Some(namespace).filter(|namespace| !namespace.is_empty())
+}
+
+/// `destination_service`, `destination_service_name`, `destination_service_namespace`.
+fn destination<'a>(labels: &Labels<'a>, node: &'a NodeLabels, to: &End<'a>) -> (&'a str, &'a str, &'a str) {
+    let inbound = labels.reporter == Reporter::Destination;
+    if let Some(service) = labels.service {
+        let first_label = service.host.split('.').next().unwrap_or_default();
+        let name = if service.name.is_empty() { first_label } else { service.name };
+        let namespace = match service.namespace {
+            _ if inbound => &node.namespace,
+            "" => to.namespace,
+            said => said,
+        };
+        return (service.host, name, namespace);
+    }
+    let namespace = if inbound { node.namespace.as_str() } else { to.namespace };
+    let nowhere = ["PassthroughCluster", "BlackHoleCluster", "InboundPassthroughCluster"];
+    let named = nowhere.into_iter().find(|name| labels.cluster.starts_with(name));
+    let host = match (labels.authority, named) {
+        ("", _) if inbound => &node.canonical_service,
+        ("", Some(cluster)) => cluster,
+        ("", None) => UNKNOWN,
+        (authority, _) => authority,
+    };
+    (host, named.unwrap_or_else(|| host.split('.').next().unwrap_or_default()), namespace)
+}
+
+/// The label set in Istio's order.
+fn text(labels: &Labels<'_>, node: &NodeLabels) -> String {
+    let mut out = String::with_capacity(1024);
+    let inbound = labels.reporter == Reporter::Destination;
+    let (own, peer) = (End::own(node), End::peer(labels));
+    let principal = |principal: &'_ str| if principal.is_empty() { UNKNOWN } else { principal }.to_owned();
+    let (local, remote) = (principal(labels.local_principal), principal(labels.peer_principal));
+    let (from, to) = if inbound { (peer, own) } else { (own, peer) };
+    let (from_principal, to_principal) = if inbound { (remote, local) } else { (local, remote) };
+    let (service, service_name, service_namespace) = destination(labels, node, &to);
+    let (security, reporter) = match labels.reporter {
+        Reporter::Source => (UNKNOWN, "source"),
+        Reporter::Destination if !labels.local_principal.is_empty() && !labels.peer_principal.is_empty() => {
+            ("mutual_tls", "destination")
+        }
+        Reporter::Destination => ("none", "destination"),
+    };
+    let protocol = match labels.protocol {
+        Protocol::Http => "http",
+        Protocol::Grpc => "grpc",
+        Protocol::Tcp => "tcp",
+    };
+    for (name, value) in [
+        ("reporter", reporter),
+        ("source_workload", from.workload),
+        ("source_canonical_service", from.canonical_service),
+        ("source_canonical_revision", from.canonical_revision),
+        ("source_workload_namespace", from.namespace),
+        ("source_principal", &from_principal),
+        ("source_app", from.app),
+        ("source_version", from.version),
+        ("source_cluster", from.cluster),
+        ("destination_workload", to.workload),
+        ("destination_workload_namespace", to.namespace),
+        ("destination_principal", &to_principal),
+        ("destination_app", to.app),
+        ("destination_version", to.version),
+        ("destination_service", service),
+        ("destination_canonical_service", to.canonical_service),
+        ("destination_canonical_revision", to.canonical_revision),
+        ("destination_service_name", service_name),
+        ("destination_service_namespace", service_namespace),
+        ("destination_cluster", to.cluster),
+        ("request_protocol", protocol),
+    ] {
+        push_label(&mut out, name, value);
+    }
+    if labels.protocol != Protocol::Tcp {
+        push_label(&mut out, "response_code", &labels.code.to_string());
+        let grpc = labels.grpc_status.filter(|_| labels.protocol == Protocol::Grpc);
+        push_label(&mut out, "grpc_response_status", &grpc.map(|status| status.to_string()).unwrap_or_default());
+    }
+    push_label(&mut out, "response_flags", &labels.flags.to_string());
+    push_label(&mut out, "connection_security_policy", security);
+    out
+}
+
+fn overflow_text(labels: &Labels<'_>) -> String {
+    let node = NodeLabels::default();
+    let mut out = String::new();
+    for pair in text(labels, &node).split("\",") {
+        let name = pair.split('=').next().unwrap_or_default();
+        let value = match labels.reporter {
+            Reporter::Source if name == "reporter" => "source",
+            Reporter::Destination if name == "reporter" => "destination",
+            _ => "overflow",
+        };
+        push_label(&mut out, name, value);
+    }
+    out
+}
+
+type ByText<'a, T> = BTreeMap<&'a str, Vec<&'a T>>;
+
+fn all<'a, T: 'a>(caches: impl Iterator<Item = &'a Cache<T>>) -> Vec<Arc<Series<T>>> {
+    caches.flat_map(|cache| lock(&cache.all).clone()).collect()
+}
+
+fn by_text<T>(series: &[Arc<Series<T>>]) -> ByText<'_, T> {
+    let mut out = ByText::new();
+    for one in series {
+        out.entry(&one.text).or_default().push(&one.cells);
+    }
+    out
+}
+
+fn counter<T>(out: &mut String, name: &str, series: &ByText<'_, T>, read: fn(&T) -> &Counter) {
+    if series.is_empty() {
+        return;
+    }
+    // Writing to a string cannot fail, here and below.
+    let _ = writeln!(out, "# TYPE {name} counter");
+    for (text, cells) in series {
+        let value: u64 = cells.iter().map(|cells| read(cells).value()).sum();
+        let _ = writeln!(out, "{name}{{{text}}} {value}");
+    }
+}
+
+fn histogram<T>(out: &mut String, name: &str, series: &ByText<'_, T>, read: fn(&T) -> &Histogram) {
+    if series.is_empty() {
+        return;
+    }
+    let _ = writeln!(out, "# TYPE {name} histogram");
+    for (text, cells) in series {
+        let mut merged = Merged::default();
+        cells.iter().for_each(|cells| merged.add(read(cells)));
+        super::expose::histogram_lines(out, name, text, &merged);
+    }
+}
+
+/// The request families of all workers.
+pub(super) fn expose_requests<'a>(caches: impl Iterator<Item = &'a Cache<RequestSeries>>, out: &mut String) {
+    let series = all(caches);
+    let series = by_text(&series);
+    counter(out, "istio_requests_total", &series, |s| &s.total);
+    histogram(out, "istio_request_duration_milliseconds", &series, |s| &s.duration);
+    histogram(out, "istio_request_bytes", &series, |s| &s.request_bytes);
+    histogram(out, "istio_response_bytes", &series, |s| &s.response_bytes);
+}
+
+/// The TCP families of all workers.
+pub(super) fn expose_tcp<'a>(caches: impl Iterator<Item = &'a Cache<TcpSeries>>, out: &mut String) {
+    let series = all(caches);
+    let series = by_text(&series);
+    counter(out, "istio_tcp_connections_opened_total", &series, |s| &s.opened);
+    counter(out, "istio_tcp_connections_closed_total", &series, |s| &s.closed);
+    counter(out, "istio_tcp_sent_bytes_total", &series, |s| &s.sent);
+    counter(out, "istio_tcp_received_bytes_total", &series, |s| &s.received);
+}
+
+#[cfg(test)]
+#[path = "labels_tests.rs"]
+mod tests;
