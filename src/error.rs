@@ -232,6 +232,47 @@ const fn row(flag: Flags, status: u16, details: &'static str, body: &'static str
 const RESET: &str = "upstream connect error or disconnect/reset before headers. reset reason: ";
 
 impl Kind {
+    /// Every kind, in the order of the enum.
+    pub const ALL: &'static [Self] = &[
+        Self::NoChain,
+        Self::NoRoute,
+        Self::NoCluster,
+        Self::NoHealthyHost,
+        Self::Overflow(Limit::Connections),
+        Self::Overflow(Limit::Pending),
+        Self::Overflow(Limit::Requests),
+        Self::Overflow(Limit::Retries),
+        Self::DnsFailed,
+        Self::ConnectRefused,
+        Self::ConnectTimeout,
+        Self::TlsHandshake,
+        Self::PeerIdentity,
+        Self::UpstreamReset,
+        Self::UpstreamRefused,
+        Self::UpstreamClosed,
+        Self::UpstreamProtocol,
+        Self::LocalReset,
+        Self::ResponseTimeout,
+        Self::PerTryTimeout,
+        Self::MaxStreamDuration,
+        Self::StreamIdle,
+        Self::RequestTimeout,
+        Self::ConnDuration,
+        Self::DownstreamGone,
+        Self::DownstreamReset,
+        Self::DownstreamProtocol,
+        Self::RbacDenied,
+        Self::ExtAuthDenied,
+        Self::JwtDenied,
+        Self::RateLimited,
+        Self::FaultAbort,
+        Self::LocalHealthFailed,
+        Self::Overload,
+        Self::UnsupportedConfig,
+        Self::PolicyUnusable,
+        Self::Internal,
+    ];
+
     /// The table.
     pub const fn row(self) -> Row {
         match self {

@@ -149,6 +149,8 @@ macro_rules! retry_on {
     ($($name:ident = $bit:literal, $word:literal, $doc:literal;)*) => {
         impl RetryOn {
             $(#[doc = $doc] pub const $name: Self = Self(1 << $bit);)*
+            const WORDS: &'static [(Self, &'static str)] = &[$((Self::$name, $word),)*];
+
             /// The word of `retry_on`; `None` for words that mean nothing here.
             pub fn word(word: &str) -> Option<Self> {
                 match word {
@@ -187,6 +189,14 @@ impl RetryOn {
     /// Both.
     pub fn and(self, other: Self) -> Self {
         Self(self.0 | other.0)
+    }
+}
+
+/// The words, comma-separated.
+impl std::fmt::Display for RetryOn {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let words = Self::WORDS.iter().filter(|(on, _)| self.has(*on)).map(|(_, word)| *word);
+        f.write_str(&words.collect::<Vec<_>>().join(","))
     }
 }
 
