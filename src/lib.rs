@@ -3,10 +3,13 @@
 //! Said → compiled → served: `proxy-config` turns YAML or xDS into a `Model`; [`snapshot`] compiles it into one immutable
 //! snapshot; identical single-threaded [`worker`]s serve it. Imports point down only; `tests/architecture.rs` enforces it.
 
+pub mod app;
 pub mod ca;
+pub mod cli;
 pub mod control;
 pub mod drain;
 pub mod error;
+pub mod explain;
 pub mod iptables;
 pub mod net;
 pub mod probe;
@@ -15,3 +18,4 @@ pub mod snapshot;
 pub mod telemetry;
 pub mod tls;
 pub mod upstream;
+pub mod worker;

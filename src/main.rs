@@ -1,3 +1,18 @@
-//! The command line; see `--help`.
+//! The command line; see `--help`. The only place that reads the environment and decides about exit codes.
 
-fn main() {}
+use std::collections::BTreeMap;
+use std::process::ExitCode;
+
+use clap::Parser;
+use istio_proxy::cli::{self, Cli};
+
+#[cfg(feature = "jemalloc")]
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
+fn main() -> ExitCode {
+    let variables: BTreeMap<String, String> = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect();
+    ExitCode::from(cli::run(Cli::parse(), variables))
+}

@@ -1,14 +1,58 @@
 //! One loop on the control thread: inputs → model → snapshot → publish.
 //!
 //! It decides when what was said becomes what is served, and never touches a connection: workers see only a pointer that
-//! changes.
+//! changes. What cannot be understood leaves what was understood last; what cannot be read leaves everything as it was.
+//!
+//! ```ignore
+//! let mut control = Control::start(settings)?;       // nothing usable at start-up is an error
+//! let (publish, published) = watch::channel(control.published());
+//! control::run(control, publish, asked).await;        // until dropped
+//! ```
 
+pub mod health;
+mod identity;
+mod watch;
+mod xds_dir;
+pub mod yaml;
+
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::SystemTime;
 
+use anyhow::Result;
 use proxy_config::registry::Proxy;
-use proxy_config::{Model, Reject};
+use proxy_config::{Inputs, Loaded, Model, Reject, Severity, WhoAmI};
+use tokio::sync::mpsc;
+use tokio::sync::watch as channel;
 
-use crate::snapshot::Snapshot;
+pub use identity::Certs;
+
+use crate::snapshot::{self, Snapshot};
+use crate::tls::Secrets;
+use watch::{Wake, Watcher};
+
+/// Where configuration comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Input {
+    /// Istio and Kubernetes YAML.
+    Yaml(yaml::Paths),
+    /// A folder of recorded discovery responses.
+    XdsDir(PathBuf),
+}
+
+/// What the control loop is told at start-up.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Configuration.
+    pub input: Input,
+    /// Whose.
+    pub who: WhoAmI,
+    /// The workload's certificate.
+    pub certs: Certs,
+    /// Folder that gets this workload's own WorkloadEntry.
+    pub publish_health: Option<PathBuf>,
+}
 
 /// What is served at one moment, with what it was made from; sent to everybody over a `watch` channel.
 pub struct Published {
@@ -22,12 +66,46 @@ pub struct Published {
     pub rejects: Arc<[Reject]>,
     /// Whose configuration it is.
     pub proxy: Arc<Proxy>,
+    /// What `--publish-health` writes and how the application is asked; `None` for everybody but members of a
+    /// WorkloadGroup.
+    pub health: Option<Arc<health::Spec>>,
 }
 
 impl Published {
     /// Nothing yet, for this proxy.
     pub fn nothing(proxy: Arc<Proxy>) -> Self {
-        Self { version: 0, model: Arc::default(), snapshot: Arc::default(), rejects: Arc::from([]), proxy }
+        Self {
+            version: 0,
+            model: Arc::default(),
+            snapshot: Arc::default(),
+            rejects: Arc::from([]),
+            proxy,
+            health: None,
+        }
+    }
+
+    /// Why this must not get traffic yet, one reason a line; empty: nothing in the configuration speaks against it.
+    /// `now` is seconds since 1970.
+    pub fn unready(&self, now: i64) -> Vec<String> {
+        if self.version == 0 {
+            return vec!["no configuration yet".to_owned()];
+        }
+        let mut reasons: Vec<String> = Vec::new();
+        for listener in self.snapshot.listeners() {
+            for chain in listener.all_chains() {
+                let Some(why) = &chain.unusable else { continue };
+                let reason = format!("{} {}: {why}", listener.name, chain.name);
+                if !reasons.contains(&reason) {
+                    reasons.push(reason);
+                }
+            }
+        }
+        for (name, identity) in self.snapshot.secrets().identities() {
+            if identity.info.iter().any(|certificate| certificate.not_after <= now) {
+                reasons.push(format!("certificate {name} has expired"));
+            }
+        }
+        reasons
     }
 }
 
@@ -38,4 +116,284 @@ impl std::fmt::Debug for Published {
             .field("rejects", &self.rejects.len())
             .finish_non_exhaustive()
     }
+}
+
+/// The state of the loop.
+pub struct Control {
+    settings: Settings,
+    /// Last understood YAML, whose objects stand in for broken ones.
+    loaded: Option<Loaded>,
+    model: Arc<Model>,
+    proxy: Arc<Proxy>,
+    /// Hash of the texts that `model` was made from.
+    said: u64,
+    secrets: Secrets,
+    published: Arc<Published>,
+    stamps: Vec<Stamp>,
+}
+
+/// What tells that a file was changed without reading it.
+type Stamp = (PathBuf, Option<(SystemTime, u64)>);
+
+impl Control {
+    /// Takes everything in for the first time.
+    ///
+    /// # Errors
+    /// What makes serving pointless: no identity, no readable input, a certificate folder without a certificate.
+    pub fn start(settings: Settings) -> Result<Self> {
+        let proxy = Arc::new(Proxy::default());
+        let secrets = settings.certs.renewed(&Secrets::new())?;
+        let mut control = Self {
+            settings,
+            loaded: None,
+            model: Arc::default(),
+            said: 0,
+            secrets,
+            published: Arc::new(Published::nothing(Arc::clone(&proxy))),
+            proxy,
+            stamps: Vec::new(),
+        };
+        control.take_in()?;
+        control.publish(Vec::new());
+        Ok(control)
+    }
+
+    /// Folder that gets this workload's own WorkloadEntry.
+    pub fn publish_health(&self) -> Option<PathBuf> {
+        self.settings.publish_health.clone()
+    }
+
+    /// What is served now.
+    pub fn published(&self) -> Arc<Published> {
+        Arc::clone(&self.published)
+    }
+
+    /// Looks at everything again; the news, if there are any.
+    pub fn reload(&mut self) -> Option<Arc<Published>> {
+        let mut trouble = Vec::new();
+        let old_model = Arc::clone(&self.model);
+        if let Err(e) = self.take_in() {
+            trouble.push(trouble_with("Configuration", &e));
+        }
+        match self.settings.certs.renewed(&self.secrets) {
+            Ok(secrets) => self.secrets = secrets,
+            Err(e) => trouble.push(trouble_with("Certificates", &e)),
+        }
+        let (secrets, _) = identity::with_files(self.secrets.clone(), &self.model);
+        let same = Arc::ptr_eq(&old_model, &self.model) && secrets == *self.published.snapshot.secrets();
+        let told = trouble.iter().all(|reject| self.published.rejects.contains(reject));
+        let healed = trouble.is_empty() && self.published.rejects.iter().any(is_trouble);
+        if same && told && !healed {
+            return None;
+        }
+        self.publish(trouble);
+        Some(self.published())
+    }
+
+    /// Reads the input and, if its text is new, makes a new model of it.
+    fn take_in(&mut self) -> Result<()> {
+        match &self.settings.input {
+            Input::Yaml(paths) => {
+                let inputs = paths.read(&self.settings.who)?;
+                let said = hash(|h| texts(&inputs, h));
+                if said == self.said {
+                    return Ok(());
+                }
+                let loaded = proxy_config::from_yaml(&inputs, self.loaded.as_ref()).map_err(|rejects| all(&rejects))?;
+                self.said = said;
+                for field in &loaded.unread {
+                    tracing::info!("{field} has no effect here");
+                }
+                self.model = Arc::new(loaded.model.clone());
+                self.proxy = Arc::new(loaded.proxy.clone());
+                self.loaded = Some(loaded);
+            }
+            Input::XdsDir(folder) => {
+                let responses = xds_dir::read(folder)?;
+                let said = hash(|h| responses.hash(h));
+                if said == self.said {
+                    return Ok(());
+                }
+                let (model, proxy) = xds_dir::load(&responses, &self.settings.who)?;
+                self.said = said;
+                self.model = Arc::new(model);
+                self.proxy = Arc::new(proxy);
+            }
+        }
+        Ok(())
+    }
+
+    /// Compiles and makes it the current one.
+    fn publish(&mut self, mut rejects: Vec<Reject>) {
+        let (secrets, unreadable) = identity::with_files(self.secrets.clone(), &self.model);
+        self.secrets = secrets;
+        let prev = (self.published.version > 0).then_some(&*self.published.snapshot);
+        let (snapshot, uncompiled) = snapshot::compile(prev, &self.model, &self.secrets);
+        rejects.extend(self.model.rejects.iter().cloned().chain(unreadable).chain(uncompiled));
+        tell(&self.published.rejects, &rejects);
+        let health = self.loaded.as_ref().and_then(health::Spec::of).map(Arc::new);
+        self.published = Arc::new(Published {
+            version: snapshot.version,
+            model: Arc::clone(&self.model),
+            snapshot: Arc::new(snapshot),
+            rejects: rejects.into(),
+            proxy: Arc::clone(&self.proxy),
+            health,
+        });
+        self.stamps = self.stamps_now();
+    }
+
+    fn folders(&self) -> Vec<PathBuf> {
+        let mut folders = match &self.settings.input {
+            Input::Yaml(paths) => paths.folders(),
+            Input::XdsDir(folder) => vec![folder.clone()],
+        };
+        if let Certs::Folder(folder) = &self.settings.certs {
+            folders.push(folder.clone());
+        }
+        folders
+    }
+
+    fn stamps_now(&self) -> Vec<Stamp> {
+        let mut files = match &self.settings.input {
+            Input::Yaml(paths) => paths.files(),
+            Input::XdsDir(folder) => xds_dir::files(folder),
+        };
+        files.extend(self.settings.certs.files());
+        files.extend(identity::files(&self.model));
+        let stamp = |file: PathBuf| {
+            let seen = std::fs::metadata(&file).and_then(|m| Ok((m.modified()?, m.len())));
+            (file, seen.ok())
+        };
+        files.into_iter().map(stamp).collect()
+    }
+}
+
+/// Looks again whenever there is a reason to, for ever. `asked` is for those who know of one (SIGHUP).
+pub async fn run(mut control: Control, publish: channel::Sender<Arc<Published>>, mut asked: mpsc::Receiver<()>) {
+    let mut watcher = Watcher::new(&control.folders());
+    // What was written between the first look and the watch tells nobody.
+    let mut look = true;
+    loop {
+        if look && let Some(news) = control.reload() {
+            tracing::info!("configuration {} is served", news.version);
+            publish.send_replace(news);
+        }
+        watcher.again(&control.folders());
+        look = tokio::select! {
+            wake = watcher.wake() => wake == Wake::Event || control.stamps != control.stamps_now(),
+            Some(()) = asked.recv() => true,
+        };
+    }
+}
+
+/// An input that cannot be taken in at all; what was served stays.
+fn trouble_with(what: &str, error: &anyhow::Error) -> Reject {
+    Reject {
+        resource: what.to_owned(),
+        place: None,
+        field: String::new(),
+        reason: format!("{error:#}; the last good one stays"),
+        severity: Severity::Error,
+        code: None,
+    }
+}
+
+fn is_trouble(reject: &Reject) -> bool {
+    reject.resource == "Configuration" || reject.resource == "Certificates"
+}
+
+/// Logs what is new and what is over.
+fn tell(before: &[Reject], now: &[Reject]) {
+    for reject in now.iter().filter(|r| !before.contains(r)) {
+        match reject.severity {
+            Severity::Warning => tracing::warn!("{reject}"),
+            Severity::Error | Severity::Security => tracing::error!("{reject}"),
+        }
+    }
+    for reject in before.iter().filter(|r| !now.contains(r)) {
+        tracing::info!("settled: {reject}");
+    }
+}
+
+fn all(rejects: &[Reject]) -> anyhow::Error {
+    let lines: Vec<String> = rejects.iter().map(ToString::to_string).collect();
+    anyhow::anyhow!(lines.join("\n"))
+}
+
+fn hash(of: impl FnOnce(&mut DefaultHasher)) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    of(&mut hasher);
+    hasher.finish()
+}
+
+fn texts(inputs: &Inputs, hasher: &mut DefaultHasher) {
+    for source in inputs.sources.iter().chain(&inputs.mesh).chain(&inputs.networks) {
+        (&source.name, &source.text).hash(hasher);
+    }
+    (inputs.mesh.is_some(), inputs.networks.is_some()).hash(hasher);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EMPTY: &[u8] = b"";
+
+    fn settings(folder: &std::path::Path, certs: Certs) -> Settings {
+        Settings {
+            input: Input::XdsDir(folder.to_owned()),
+            who: WhoAmI::Env(std::collections::BTreeMap::new()),
+            certs,
+            publish_health: None,
+        }
+    }
+
+    #[test]
+    fn the_same_texts_are_no_news() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("lds.pb"), EMPTY).unwrap();
+        let mut control = Control::start(settings(dir.path(), Certs::None)).unwrap();
+        assert_eq!(control.published().version, 1);
+        std::fs::write(dir.path().join("lds.pb"), EMPTY).unwrap();
+        assert!(control.reload().is_none());
+        std::fs::write(dir.path().join("cds.pb"), EMPTY).unwrap();
+        assert_eq!(control.reload().unwrap().version, 2);
+    }
+
+    #[test]
+    fn what_cannot_be_read_leaves_the_last_good_and_is_told_until_it_heals() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("lds.pb");
+        std::fs::write(&file, EMPTY).unwrap();
+        let mut control = Control::start(settings(dir.path(), Certs::None)).unwrap();
+        std::fs::remove_file(&file).unwrap();
+        let news = control.reload().unwrap();
+        assert!(news.rejects[0].to_string().contains("the last good one stays"), "{:?}", news.rejects);
+        assert!(control.reload().is_none(), "told once");
+        std::fs::write(&file, EMPTY).unwrap();
+        assert!(control.reload().unwrap().rejects.is_empty());
+    }
+
+    #[test]
+    fn certificates_are_required_at_start_and_renewed_later() {
+        let (dir, certs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        std::fs::write(dir.path().join("lds.pb"), EMPTY).unwrap();
+        let with = settings(dir.path(), Certs::Folder(certs.path().to_owned()));
+        let error = Control::start(with.clone()).map(|_| ()).unwrap_err();
+        assert!(error.to_string().contains("cert-chain.pem"), "{error}");
+        let (root, _) = crate::ca::Root::generate("test").unwrap();
+        let sign = || root.sign_into(certs.path(), &"spiffe://td/ns/a/sa/b".parse().unwrap(), DAY).unwrap();
+        sign();
+        let mut control = Control::start(with).unwrap();
+        assert!(control.reload().is_none());
+        sign();
+        let renewed = control.reload().unwrap();
+        assert_eq!(renewed.version, 2);
+        std::fs::write(certs.path().join("key.pem"), "broken").unwrap();
+        let kept = control.reload().unwrap();
+        assert!(kept.rejects[0].resource == "Certificates" && kept.snapshot.secrets() == renewed.snapshot.secrets());
+    }
+
+    const DAY: std::time::Duration = std::time::Duration::from_secs(86_400);
 }

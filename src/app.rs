@@ -1,0 +1,207 @@
+//! Wiring: control thread, workers, servers, signals, drain. The only module that knows everyone.
+
+mod host;
+mod logging;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, Result, anyhow};
+use clap::Args;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+
+use crate::cli::InputArgs;
+use crate::control::{self, Certs, Control, Published, health};
+use crate::drain::{Drain, Phase, Plan};
+use crate::snapshot::Snapshot;
+use crate::worker::{self, Workers};
+
+/// How long an orderly goodbye without `EXIT_ON_ZERO_ACTIVE_CONNECTIONS` takes when ProxyConfig says nothing.
+const TERMINATION_DRAIN: Duration = Duration::from_secs(5);
+/// `MINIMUM_DRAIN_DURATION` when nobody says it.
+const MINIMUM_DRAIN: Duration = Duration::from_secs(5);
+/// With `EXIT_ON_ZERO_ACTIVE_CONNECTIONS` whoever started us sets the limit; this is a month.
+const UNBOUNDED: Duration = Duration::from_secs(30 * 86_400);
+
+/// Flags of `proxy`.
+#[derive(Debug, Clone, Args)]
+pub struct ProxyArgs {
+    /// What this proxy is; only sidecars are served.
+    #[arg(default_value = "sidecar", value_parser = ["sidecar"])]
+    role: String,
+    #[command(flatten)]
+    inputs: InputArgs,
+    /// One JSON object for each request, TCP connection and refused connection; - is standard output.
+    #[arg(long, value_name = "PATH|-")]
+    access_log: Option<PathBuf>,
+    /// Write this workload's own WorkloadEntry into a watched folder as its health changes.
+    #[arg(long, value_name = "DIR")]
+    publish_health: Option<PathBuf>,
+    /// Worker threads [default: the CPU limit, else 2].
+    #[arg(long, value_name = "N")]
+    concurrency: Option<usize>,
+    /// Admin server on 127.0.0.1; 0 switches it off.
+    #[arg(long, value_name = "PORT", default_value_t = 15000)]
+    admin_port: u16,
+    /// Readiness at /healthz/ready; 0 switches it off.
+    #[arg(long, value_name = "PORT", default_value_t = 15021)]
+    status_port: u16,
+    /// Metrics at /stats/prometheus; 0 switches it off.
+    #[arg(long, value_name = "PORT", default_value_t = 15090)]
+    metrics_port: u16,
+    /// error, warn, info, debug or off; also per module, as in info,istio_proxy::tls=debug.
+    #[arg(long, alias = "proxyLogLevel", value_name = "LEVEL", default_value = "info")]
+    log_level: String,
+    /// Log lines as JSON.
+    #[arg(long, alias = "log_as_json")]
+    log_json: bool,
+}
+
+/// The process ended by itself after it had served; not a start-up failure.
+#[derive(Debug)]
+pub struct Died(String);
+
+impl fmt::Display for Died {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Died {}
+
+/// Serves until told to leave.
+///
+/// # Errors
+/// What keeps it from starting; [`Died`] when it ends without being told.
+pub fn run(args: &ProxyArgs, variables: BTreeMap<String, String>) -> Result<()> {
+    let _logging = logging::start(&args.log_level, args.log_json)?;
+    let plan = plan(&variables);
+    let workers = args.concurrency.filter(|n| *n > 0).unwrap_or_else(|| host::concurrency(&variables));
+    let certs = args.inputs.certs.clone().map_or(Certs::None, Certs::Folder);
+    let mut settings = args.inputs.settings(variables, certs)?;
+    settings.publish_health.clone_from(&args.publish_health);
+    let control = Control::start(settings)?;
+    // This thread is the control thread.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(Box::pin(serve(args, control, workers, plan)))
+}
+
+/// What a goodbye looks like.
+fn plan(variables: &BTreeMap<String, String>) -> Plan {
+    let on =
+        |name: &str| variables.get(name).is_some_and(|v| matches!(&**v, "1" | "t" | "T" | "true" | "TRUE" | "True"));
+    if on("EXIT_ON_ZERO_ACTIVE_CONNECTIONS") {
+        let min = variables.get("MINIMUM_DRAIN_DURATION").and_then(|v| host::go_duration(v)).unwrap_or(MINIMUM_DRAIN);
+        return Plan { min, max: UNBOUNDED, exit_on_zero: true };
+    }
+    let said = variables.get("PROXY_CONFIG").and_then(|text| host::termination_drain(text));
+    let max = said.unwrap_or(TERMINATION_DRAIN);
+    // Accepting goes on to the end: peers learn late that we leave.
+    Plan { min: max, max, exit_on_zero: false }
+}
+
+async fn serve(args: &ProxyArgs, control: Control, count: usize, plan: Plan) -> Result<()> {
+    let first = control.published();
+    let (drain, leaving) = Drain::new();
+    let (snapshots, receiver) = watch::channel(Arc::clone(&first.snapshot));
+    let settings = worker::Settings { snapshots: receiver, drain: leaving.clone(), node: host::node(&first.proxy) };
+    let mut workers = Workers::start(count, &settings).context("workers")?;
+    if let Some((address, e)) = workers.sockets(&first.snapshot).into_iter().next() {
+        return Err(anyhow!(e).context(format!("cannot listen on {address}")));
+    }
+    let (publish, published) = watch::channel(first);
+    let (ready, is_ready) = watch::channel(false);
+    let (ask, asked) = mpsc::channel(1);
+    let folder = control.publish_health();
+    tokio::spawn(control::run(control, publish, asked));
+    if let Some(folder) = folder {
+        tokio::spawn(health::run(folder, published.clone(), is_ready.clone(), leaving.clone()));
+    }
+    tracing::info!("{count} workers serve {} listeners", published.borrow().snapshot.listeners().len());
+    ready.send_replace(true);
+    let leave = leave(&drain, plan, ask);
+    tokio::pin!(leave);
+    let mut following = published.clone();
+    loop {
+        tokio::select! {
+            () = &mut leave => break,
+            changed = following.changed() => {
+                if changed.is_err() {
+                    return Err(Died("the control loop ended".to_owned()).into());
+                }
+                let news = Arc::clone(&following.borrow_and_update());
+                follow(&news, &snapshots, &mut workers);
+            }
+            index = workers.ended() => {
+                return Err(Died(format!("worker {index} ended without being told to")).into());
+            }
+        }
+    }
+    workers.all_ended().await;
+    Ok(())
+}
+
+/// Gives workers what was published: first the configuration, then the sockets it speaks of.
+fn follow(news: &Published, snapshots: &watch::Sender<Arc<Snapshot>>, workers: &mut Workers) {
+    snapshots.send_replace(Arc::clone(&news.snapshot));
+    for (address, e) in workers.sockets(&news.snapshot) {
+        tracing::error!("cannot listen on {address}: {e}");
+    }
+}
+
+/// Waits for a reason to leave, and leaves in order. Further signals change nothing, as with the agent.
+async fn leave(drain: &Drain, plan: Plan, ask: mpsc::Sender<()>) {
+    let listen = |kind: SignalKind| signal(kind).inspect_err(|e| tracing::error!("signals: {e}")).ok();
+    let (mut term, mut int) = (listen(SignalKind::terminate()), listen(SignalKind::interrupt()));
+    let mut hup = listen(SignalKind::hangup());
+    loop {
+        let why = tokio::select! {
+            () = next(&mut term) => "SIGTERM",
+            () = next(&mut int) => "SIGINT",
+            () = next(&mut hup) => {
+                // A full channel has the request in it already.
+                let _ = ask.try_send(());
+                continue;
+            }
+        };
+        tracing::info!("{why}: leaving, {} connections open", drain.active());
+        break;
+    }
+    drain.run(plan).await;
+    debug_assert_eq!(drain.phase(), Phase::Gone);
+}
+
+async fn next(signal: &mut Option<tokio::signal::unix::Signal>) {
+    // Without a handler, and after the runtime's own end, there is nothing to wait for.
+    let came = match signal {
+        Some(signal) => signal.recv().await,
+        None => None,
+    };
+    if came.is_none() {
+        std::future::pending::<()>().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn variables(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+        pairs.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect()
+    }
+
+    #[test]
+    fn goodbyes() {
+        let default = Plan { min: TERMINATION_DRAIN, max: TERMINATION_DRAIN, exit_on_zero: false };
+        assert_eq!(plan(&variables(&[])), default);
+        assert_eq!(plan(&variables(&[("PROXY_CONFIG", "{terminationDrainDuration: 1m30s}")])).max.as_secs(), 90);
+        assert_eq!(plan(&variables(&[("PROXY_CONFIG", "{")])), default);
+        let zero =
+            plan(&variables(&[("EXIT_ON_ZERO_ACTIVE_CONNECTIONS", "true"), ("MINIMUM_DRAIN_DURATION", "500ms")]));
+        assert_eq!(zero, Plan { min: Duration::from_millis(500), max: UNBOUNDED, exit_on_zero: true });
+    }
+}

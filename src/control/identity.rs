@@ -1,0 +1,167 @@
+//! Key material from files: the workload's certificate, and whatever `file-…` names configuration speaks of.
+
+use std::collections::BTreeSet;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Result, anyhow};
+use proxy_config::model::{ClusterKind, CommonTls, Transport};
+use proxy_config::{Model, Name, Reject, Severity};
+
+use crate::ca::Root;
+use crate::tls::{Identity, Roots, Secrets, SpiffeId};
+
+const DAY: Duration = Duration::from_secs(86_400);
+
+/// Where the workload's certificate comes from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Certs {
+    /// There is none: chains and clusters that need one cannot serve.
+    None,
+    /// `cert-chain.pem`, `key.pem`, `root-cert.pem`.
+    Folder(PathBuf),
+    /// Made up on the spot, for questions that no peer will ever see.
+    MadeUp,
+}
+
+impl Certs {
+    /// What is there now. Material that did not change keeps its contexts.
+    pub(super) fn renewed(&self, old: &Secrets) -> Result<Secrets> {
+        match self {
+            Self::None => Ok(old.clone()),
+            Self::Folder(folder) => old.renewed(folder).map_err(|e| anyhow!(e)),
+            Self::MadeUp if old.identity("default").is_some() => Ok(old.clone()),
+            Self::MadeUp => {
+                let id: SpiffeId =
+                    "spiffe://cluster.local/ns/default/sa/default".parse().map_err(|e| anyhow!("{e}"))?;
+                let (root, _) = Root::generate("made up")?;
+                let (chain, key) = root.sign(&id, DAY)?;
+                let identity = Identity::from_pem(chain.as_bytes(), key.as_bytes()).map_err(|e| anyhow!(e))?;
+                let roots = Roots::from_pem(root.certificate().as_bytes()).map_err(|e| anyhow!(e))?;
+                Ok(old.with_identity("default", identity).with_roots("ROOTCA", roots))
+            }
+        }
+    }
+}
+
+impl Certs {
+    /// The files that are read.
+    pub(super) fn files(&self) -> Vec<PathBuf> {
+        match self {
+            Self::Folder(folder) => {
+                ["cert-chain.pem", "key.pem", "root-cert.pem"].iter().map(|name| folder.join(name)).collect()
+            }
+            Self::None | Self::MadeUp => Vec::new(),
+        }
+    }
+}
+
+/// The files that the model names.
+pub(super) fn files(model: &Model) -> Vec<PathBuf> {
+    let of = |name: &Name| -> Vec<PathBuf> {
+        let paths = name.strip_prefix("file-cert:").or_else(|| name.strip_prefix("file-root:"));
+        paths.into_iter().flat_map(|paths| paths.split('~')).map(PathBuf::from).collect()
+    };
+    names(model).iter().flat_map(of).collect()
+}
+
+/// Adds the files that the model names; a file that cannot be read leaves what it had.
+pub(super) fn with_files(mut secrets: Secrets, model: &Model) -> (Secrets, Vec<Reject>) {
+    let mut rejects = Vec::new();
+    for name in names(model) {
+        match secrets.with_files(&name) {
+            Ok(next) => secrets = next,
+            Err(reason) => rejects.push(Reject {
+                resource: format!("Secret {name}"),
+                place: None,
+                field: String::new(),
+                reason,
+                severity: Severity::Error,
+                code: None,
+            }),
+        }
+    }
+    (secrets, rejects)
+}
+
+/// Every SDS name in the model.
+fn names(model: &Model) -> BTreeSet<Name> {
+    let mut names = BTreeSet::new();
+    for listener in model.listeners.values() {
+        let chains = listener.filter_chains.iter().chain(&listener.default_filter_chain);
+        chains.filter_map(|chain| chain.tls.as_ref()).for_each(|tls| names_of(&tls.common, &mut names));
+    }
+    for cluster in model.clusters.values().filter(|c| !matches!(c.kind, ClusterKind::DynamicForwardProxy)) {
+        let sockets = cluster.transport_matches.iter().map(|m| &m.transport).chain([&cluster.transport]);
+        sockets.filter_map(upstream_tls).for_each(|tls| names_of(tls, &mut names));
+    }
+    names
+}
+
+fn upstream_tls(transport: &Transport) -> Option<&CommonTls> {
+    match transport {
+        Transport::Tls(tls) => Some(&tls.common),
+        Transport::ProxyProtocol(_, inner) => upstream_tls(inner),
+        Transport::Raw | Transport::Unsupported(_) => None,
+    }
+}
+
+fn names_of(tls: &CommonTls, names: &mut BTreeSet<Name>) {
+    names.extend(tls.certificates.iter().cloned());
+    names.extend(tls.validation.iter().filter_map(|v| v.roots.clone()));
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use proxy_config::model::{Address, Direction, DownstreamTls, FilterChain, Listener, Validation};
+
+    use super::*;
+
+    fn listener(certificate: &str, roots: &str) -> Listener {
+        let validation = Some(Validation { roots: Some(roots.into()), ..Validation::default() });
+        let common = CommonTls { certificates: vec![certificate.into()], validation, ..CommonTls::default() };
+        let tls = Some(DownstreamTls { common, require_client_certificate: true });
+        Listener {
+            name: "in".into(),
+            address: Address::Pipe(String::new()),
+            additional_addresses: Vec::new(),
+            direction: Direction::Inbound,
+            bind_to_port: true,
+            use_original_dst: false,
+            transparent: false,
+            listener_filters: Vec::new(),
+            listener_filters_timeout: None,
+            continue_on_listener_filters_timeout: false,
+            filter_chains: vec![FilterChain { tls, ..FilterChain::default() }],
+            default_filter_chain: None,
+            access_log: Vec::new(),
+            exact_balance: false,
+            max_accepts_per_event: None,
+        }
+    }
+
+    #[test]
+    fn files_are_read_and_missing_ones_are_told_by_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let (root, _) = Root::generate("test").unwrap();
+        root.sign_into(dir.path(), &"spiffe://td/ns/a/sa/b".parse().unwrap(), DAY).unwrap();
+        let at = |file: &str| dir.path().join(file).display().to_string();
+        let cert = format!("file-cert:{}~{}", at("cert-chain.pem"), at("key.pem"));
+        let mut model = Model::default();
+        model.listeners.insert("in".into(), Arc::new(listener(&cert, "file-root:/nowhere.pem")));
+        let (secrets, rejects) = with_files(Secrets::new(), &model);
+        assert!(secrets.identity(&cert).is_some());
+        let told: Vec<String> = rejects.iter().map(ToString::to_string).collect();
+        assert_eq!(told.len(), 1, "{told:?}");
+        assert!(told[0].starts_with("Secret file-root:/nowhere.pem: /nowhere.pem: No such file"), "{}", told[0]);
+    }
+
+    #[test]
+    fn a_made_up_certificate_stays_the_same() {
+        let first = Certs::MadeUp.renewed(&Secrets::new()).unwrap();
+        assert!(first.roots("ROOTCA").is_some());
+        assert!(Certs::MadeUp.renewed(&first).unwrap() == first);
+    }
+}

@@ -1,0 +1,301 @@
+//! The data path's own pure functions, asked in order and printed: what would happen to a call, and why.
+//!
+//! Nothing is decided here. Which listener, chain, route, cluster and policy is the snapshot's answer, so an explanation
+//! cannot differ from what is served. What a client's first bytes would tell the inspectors is taken from the call.
+//!
+//! ```ignore
+//! let answer = explain(&published.snapshot, &call);
+//! println!("{}", answer.text(&call));
+//! ```
+
+mod answer;
+mod call;
+mod live;
+mod target;
+
+use std::io::Write;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use anyhow::Result;
+use http::HeaderMap;
+use proxy_config::model::{self, Direction, TransportProtocol};
+
+pub use answer::Answer;
+pub use call::{Call, CallArgs, parse};
+pub use live::ask_live;
+
+use crate::control::{Control, Published, Settings};
+use crate::error::Kind;
+use crate::explain::answer::{ChainTls, Policy, Response, Shadow};
+use crate::explain::call::{Mode, Protocol, Tls};
+use crate::snapshot::{
+    Attributes, Chain, ChainInput, Filter, HttpChain, HttpFilter, Listener, NoRoute, Rbac, RequestView, Snapshot,
+    Terminal, route,
+};
+use crate::tls::Peer;
+
+/// SDS name of the mesh's own certificate.
+const MESH_CERTIFICATE: &str = "default";
+
+// istiod's simulator has these words, and people search for them.
+const NO_LISTENER: &str = "no listener matched";
+const NO_CHAIN: &str = "no filter chains matched";
+const NO_VIRTUAL_HOST: &str = "no virtual host matched";
+const NO_ROUTE: &str = "no route matched";
+const PROTOCOL: &str = "protocol error";
+const TLS: &str = "invalid TLS";
+const MTLS: &str = "invalid mTLS";
+
+/// Takes configuration in once and answers every call.
+pub fn run(settings: Settings, calls: &[Call], json: bool, out: &mut impl Write) -> Result<()> {
+    let published = Control::start(settings)?.published();
+    for reject in published.rejects.iter().filter(|_| !json) {
+        writeln!(out, "warning: {reject}")?;
+    }
+    for call in calls {
+        print(&explain(&published.snapshot, call), call, json, out)?;
+    }
+    Ok(())
+}
+
+/// Answers calls given as JSON, one JSON answer a line; what the admin server of a running proxy serves.
+pub fn answer_lines(published: &Published, calls: &str) -> Result<String> {
+    let mut out = Vec::new();
+    for call in parse(calls)? {
+        print(&explain(&published.snapshot, &call), &call, true, &mut out)?;
+    }
+    Ok(String::from_utf8_lossy(&out).into_owned())
+}
+
+fn print(answer: &Answer, call: &Call, json: bool, out: &mut impl Write) -> Result<()> {
+    if json {
+        serde_json::to_writer(&mut *out, answer)?;
+        writeln!(out)?;
+    } else {
+        write!(out, "{}", answer.text(call))?;
+    }
+    Ok(())
+}
+
+/// What would happen to a call.
+pub fn explain(snapshot: &Snapshot, call: &Call) -> Answer {
+    let mut answer = Answer::default();
+    match walk(snapshot, call, &mut answer) {
+        Ok(()) => {}
+        Err(error) => answer.error = Some(error.to_owned()),
+    }
+    answer
+}
+
+/// Everything that is asked about one call.
+struct Asked<'a> {
+    snapshot: &'a Snapshot,
+    call: &'a Call,
+    peer: Option<Peer>,
+    headers: HeaderMap,
+    method: http::Method,
+    sni: String,
+}
+
+fn walk(snapshot: &Snapshot, call: &Call, answer: &mut Answer) -> Result<(), &'static str> {
+    let listener = listener_of(snapshot, call).ok_or(NO_LISTENER)?;
+    answer.listener = Some(listener.name.to_string());
+    let Some(chain) = chain_of(listener, call) else {
+        answer.response = Some(local(Kind::NoChain));
+        return Err(NO_CHAIN);
+    };
+    answer.filter_chain = Some(chain.name.to_string());
+    let tls = said_tls(listener, chain);
+    answer.filter_chain_tls = tls.map(|tls| ChainTls {
+        certificate: tls.common.certificates.first().map(ToString::to_string),
+        require_client_certificate: tls.require_client_certificate,
+        alpn: tls.common.alpn.clone(),
+    });
+    handshake(tls, call)?;
+    if let Some(limit) = chain.handshake_timeout.filter(|_| tls.is_some()) {
+        answer.timers.insert("handshake limit".to_owned(), format!("{limit:?}"));
+    }
+    // Calls were checked when they were read.
+    let asked = Asked {
+        snapshot,
+        call,
+        peer: call.tls_peer().ok().flatten().filter(|_| tls.is_some()),
+        headers: call.header_map().unwrap_or_default(),
+        method: call.method().unwrap_or_default(),
+        sni: call.server_name(),
+    };
+    if asked.peer.as_ref().is_some_and(|peer| peer.uri_sans.is_empty()) && call.tls == Tls::Mtls {
+        answer.notes.push("the client's identity is not given (peer): policies see none".to_owned());
+    }
+    if let Some(why) = &chain.unusable {
+        answer.notes.push(format!("the chain is unusable: {why}"));
+        answer.response = Some(local(Kind::PolicyUnusable));
+    }
+    policies_of_connection(&asked, chain, answer);
+    match &chain.terminal {
+        Terminal::Tcp(tcp) => target::tcp(&asked, tcp, answer),
+        Terminal::Http(http) => return request(&asked, http, tls.is_some(), answer),
+        Terminal::Refuse(why) => answer.notes.push(format!("connections are refused: {why}")),
+    }
+    Ok(())
+}
+
+/// As connections come: inbound ones to the listener that captures them, outbound ones to the one that hands them over,
+/// and without capture to whoever listens there.
+fn listener_of<'a>(snapshot: &'a Snapshot, call: &Call) -> Option<&'a Arc<Listener>> {
+    let dst = call.destination();
+    let capturing = |direction: Direction| {
+        let mut bound = snapshot.bound().iter();
+        bound.find(move |l| l.direction == direction && (l.use_original_dst || l.original_dst))
+    };
+    if call.mode == Mode::Inbound {
+        return capturing(Direction::Inbound);
+    }
+    match capturing(Direction::Outbound) {
+        Some(entry) => Some(snapshot.hand_off(entry, dst).unwrap_or(entry)),
+        None => {
+            let any = |a: &SocketAddr| a.ip().is_unspecified() && a.port() == dst.port();
+            let at = |wanted: &dyn Fn(&SocketAddr) -> bool| {
+                snapshot.bound().iter().find(|l| l.address.iter().chain(&l.additional).any(wanted))
+            };
+            at(&|a| *a == dst).or_else(|| at(&any))
+        }
+    }
+}
+
+fn chain_of<'a>(listener: &'a Listener, call: &Call) -> Option<&'a Arc<Chain>> {
+    let inspect = listener.inspect(call.port);
+    let is_tls = call.tls != Tls::Plaintext;
+    let alpn = match (is_tls, inspect) {
+        (true, inspect) if inspect.tls => call.offered(),
+        (false, inspect) if inspect.http => call.sniffed(),
+        _ => Vec::new(),
+    };
+    let sni = call.server_name();
+    let seen = is_tls && inspect.tls;
+    listener.chain(&ChainInput {
+        dst: call.destination(),
+        src: call.source(),
+        sni: Some(&*sni).filter(|sni| seen && !sni.is_empty()),
+        transport: if seen { TransportProtocol::Tls } else { TransportProtocol::RawBuffer },
+        alpn: &alpn,
+    })
+}
+
+/// What was said about a chain's TLS: whether it can be compiled on this machine is another question.
+fn said_tls<'a>(listener: &'a Listener, chain: &Arc<Chain>) -> Option<&'a model::DownstreamTls> {
+    let at = listener.all_chains().position(|c| Arc::ptr_eq(c, chain))?;
+    let said = listener.config.filter_chains.get(at).or(listener.config.default_filter_chain.as_ref())?;
+    said.tls.as_ref()
+}
+
+/// Whether client and chain agree about TLS.
+fn handshake(tls: Option<&model::DownstreamTls>, call: &Call) -> Result<(), &'static str> {
+    let Some(tls) = tls else { return Ok(()) };
+    if call.tls == Tls::Plaintext {
+        return Err(TLS);
+    }
+    let mesh = match &*call.mtls_secret_config_name {
+        "" => MESH_CERTIFICATE,
+        name => name,
+    };
+    let is_mesh = tls.common.certificates.first().is_some_and(|name| &**name == mesh) && tls.require_client_certificate;
+    if is_mesh == (call.tls == Tls::Mtls) { Ok(()) } else { Err(MTLS) }
+}
+
+fn request(asked: &Asked<'_>, http: &HttpChain, terminated: bool, answer: &mut Answer) -> Result<(), &'static str> {
+    let call = asked.call;
+    if call.protocol == Protocol::Tcp || (call.tls != Tls::Plaintext && !terminated) {
+        return Err(PROTOCOL);
+    }
+    answer.route_config = Some(http.route_config().to_string());
+    let request = RequestView {
+        method: &asked.method,
+        scheme: if terminated { "https" } else { "http" },
+        authority: call.authority(),
+        path: call.request_path(),
+        headers: &asked.headers,
+    };
+    policies_of_request(asked, http, &request, answer);
+    let Some(table) = asked.snapshot.route_table(http) else {
+        answer.notes.push("the route table is not there".to_owned());
+        answer.response.get_or_insert_with(|| local(Kind::NoRoute));
+        return Err(NO_VIRTUAL_HOST);
+    };
+    match route::find(table, &request, 0) {
+        Ok(found) => {
+            answer.virtual_host = Some(found.vhost.name.to_string());
+            answer.route = Some(found.route.name.to_string());
+            target::route(asked, &found, &request, http, answer);
+            Ok(())
+        }
+        Err(why) => {
+            answer.virtual_host = table.virtual_host(call.authority()).map(|vhost| vhost.name.to_string());
+            answer.response.get_or_insert_with(|| local(Kind::NoRoute));
+            Err(if why == NoRoute::VirtualHost { NO_VIRTUAL_HOST } else { NO_ROUTE })
+        }
+    }
+}
+
+fn policies_of_connection(asked: &Asked<'_>, chain: &Chain, answer: &mut Answer) {
+    for filter in &chain.l4 {
+        match filter {
+            Filter::Rbac(rbac) => judge(asked, "network", rbac, None, answer),
+            Filter::MetadataExchange(_) => {}
+            Filter::Unsupported(name) => {
+                answer.notes.push(format!("connections are refused: {name} is not supported"));
+                answer.response.get_or_insert_with(|| local(Kind::UnsupportedConfig));
+            }
+        }
+    }
+}
+
+fn policies_of_request(asked: &Asked<'_>, http: &HttpChain, request: &RequestView<'_>, answer: &mut Answer) {
+    for filter in &http.filters {
+        match filter {
+            HttpFilter::Rbac(rbac) => judge(asked, "http", rbac, Some(request), answer),
+            HttpFilter::JwtAuthn(_) => {
+                answer.notes.push("a JWT is checked before; its claims are not known here".to_owned())
+            }
+            HttpFilter::Unsupported { name, security } => {
+                answer.notes.push(format!("filter {name} is not supported"));
+                let kind = if *security { Kind::PolicyUnusable } else { Kind::UnsupportedConfig };
+                answer.response.get_or_insert_with(|| local(kind));
+            }
+            _ => {}
+        }
+    }
+}
+
+fn judge(asked: &Asked<'_>, filter: &str, rbac: &Rbac, request: Option<&RequestView<'_>>, answer: &mut Answer) {
+    let verdict = rbac.check(&Attributes {
+        peer: asked.peer.as_ref(),
+        direct_remote: asked.call.source(),
+        remote_ip: asked.call.source().ip(),
+        destination: asked.call.destination(),
+        sni: Some(&*asked.sni).filter(|sni| !sni.is_empty() && asked.call.tls != Tls::Plaintext),
+        request,
+        metadata: None,
+    });
+    answer.policies.push(Policy {
+        filter: filter.to_owned(),
+        allowed: verdict.allowed,
+        policy: verdict.policy.map(ToString::to_string),
+        shadow: verdict.shadow.map(|(allowed, policy)| Shadow { allowed, policy: policy.map(ToString::to_string) }),
+    });
+    if !verdict.allowed {
+        let status = if request.is_some() { Kind::RbacDenied.row().status } else { 0 };
+        answer.response.get_or_insert_with(|| Response {
+            status,
+            details: verdict.details(),
+            ..local(Kind::RbacDenied)
+        });
+    }
+}
+
+/// What the error table says the proxy answers.
+fn local(kind: Kind) -> Response {
+    let row = kind.row();
+    Response { status: row.status, flags: row.flag.to_string(), details: row.details.to_owned(), location: None }
+}
