@@ -49,16 +49,6 @@ impl Applied {
     pub(super) fn subset(&self, name: &str) -> Option<&Subset> {
         self.spec.subsets.iter().find(|s| s.name == name)
     }
-
-    /// Policy of a service port: the rule's, with the subset's over it.
-    pub(super) fn policy(&self, port: u16, subset: &str) -> Option<TrafficPolicy> {
-        let own = self.spec.traffic_policy.as_ref().map(|p| on_port(p, port).0);
-        let said = if subset.is_empty() { None } else { self.subset(subset) };
-        match said.and_then(|s| s.traffic_policy.as_ref()) {
-            Some(over) => Some(merged(own, on_port(over, port))),
-            None => own,
-        }
-    }
 }
 
 /// The DestinationRules that one proxy obeys, by host.
@@ -90,6 +80,17 @@ impl DestinationRules {
             by_host.entry(service.hostname.clone()).or_insert_with(|| choose(&found, proxy));
         }
         Self { by_host }
+    }
+
+    /// Every rule that some service obeys.
+    pub(super) fn all(&self) -> Vec<&Applied> {
+        let mut out: Vec<&Applied> = Vec::new();
+        for rule in self.by_host.values().flat_map(|c| [&c.outbound, &c.inbound]).flatten() {
+            if !out.iter().any(|known| std::ptr::eq(*known, &**rule)) {
+                out.push(rule);
+            }
+        }
+        out
     }
 
     /// The rule for calls to a host.
@@ -222,6 +223,27 @@ fn merge(level: &mut Level, rule: &Applied) {
     }
 }
 
+/// Policy of a service port: the rule's, with the mesh's default pool and outlier detection under it and the subset's
+/// blocks over it.
+pub(super) fn policy(
+    rule: Option<&Applied>,
+    default: Option<&TrafficPolicy>,
+    port: u16,
+    subset: &str,
+) -> TrafficPolicy {
+    let own = rule.and_then(|r| r.spec.traffic_policy.as_ref()).map(|p| on_port(p, port).0);
+    let mut base = own.unwrap_or_default();
+    if let Some(default) = default {
+        base.connection_pool = base.connection_pool.or_else(|| default.connection_pool.clone());
+        base.outlier_detection = base.outlier_detection.or_else(|| default.outlier_detection.clone());
+    }
+    let said = if subset.is_empty() { None } else { rule.and_then(|r| r.subset(subset)) };
+    match said.and_then(|s| s.traffic_policy.as_ref()) {
+        Some(over) => merged(base, on_port(over, port)),
+        None => base,
+    }
+}
+
 /// Policy of one port, and whether the port has its own: then nothing is inherited.
 pub(super) fn on_port(policy: &TrafficPolicy, port: u16) -> (TrafficPolicy, bool) {
     match port_policy(policy, port) {
@@ -245,8 +267,7 @@ fn port_policy(policy: &TrafficPolicy, port: u16) -> Option<&PortPolicy> {
 }
 
 /// A subset's policy over the rule's, block by block; a subset's port policy goes over all four blocks.
-fn merged(base: Option<TrafficPolicy>, (over, on_port): (TrafficPolicy, bool)) -> TrafficPolicy {
-    let Some(base) = base else { return over };
+fn merged(base: TrafficPolicy, (over, on_port): (TrafficPolicy, bool)) -> TrafficPolicy {
     fn pick<T>(base: Option<T>, over: Option<T>, replace: bool) -> Option<T> {
         if replace { over } else { over.or(base) }
     }
@@ -317,4 +338,186 @@ fn hash_policy(hash: &ConsistentHash) -> Option<HashPolicy> {
         return None;
     };
     Some(HashPolicy { kind, terminal: false })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::fixture::{Mesh, web};
+    use super::*;
+
+    fn specs(yaml: &[(&str, &str, &str)]) -> Vec<DestinationRule> {
+        yaml.iter().map(|(.., spec)| serde_saphyr::from_str(spec).expect("valid test YAML")).collect()
+    }
+
+    /// The rules that a proxy of namespace `client` obeys for `web.app.svc.cluster.local`.
+    fn rules(client: &str, yaml: &[(&str, &str, &str)]) -> DestinationRules {
+        let mut mesh = Mesh::new(vec![web()]);
+        client.clone_into(&mut mesh.proxy.namespace);
+        let specs = specs(yaml);
+        let sources: Vec<Source<'_>> =
+            yaml.iter().zip(&specs).map(|((namespace, name, _), spec)| Source { namespace, name, spec }).collect();
+        DestinationRules::new(&sources, &mesh.services, &mesh.proxy, &mesh.settings, &[])
+    }
+
+    const WEB: &str = "web.app.svc.cluster.local";
+
+    fn name(rules: &DestinationRules) -> Option<String> {
+        rules.outbound(WEB).map(|r| format!("{}/{}", r.namespace, r.name))
+    }
+
+    #[test]
+    fn levels_and_visibility() {
+        let cases: &[(&str, &str, &[(&str, &str, &str)], Option<&str>)] = &[
+            ("short name", "app", &[("app", "a", "{host: web}")], Some("app/a")),
+            ("short name elsewhere", "other", &[("other", "a", "{host: web}")], None),
+            (
+                "client before service, even by a wildcard",
+                "other",
+                &[("app", "a", "{host: web}"), ("other", "b", "{host: '*.local'}")],
+                Some("other/b"),
+            ),
+            (
+                "service before root",
+                "other",
+                &[("istio-system", "r", "{host: web.app.svc.cluster.local}"), ("app", "a", "{host: '*'}")],
+                Some("app/a"),
+            ),
+            ("root", "other", &[("istio-system", "r", "{host: '*.local'}")], Some("istio-system/r")),
+            ("private", "other", &[("app", "a", "{host: web, exportTo: ['.']}")], None),
+            (
+                "a private rule does not hide the root's",
+                "other",
+                &[("app", "a", "{host: web, exportTo: ['.']}"), ("istio-system", "r", "{host: '*'}")],
+                Some("istio-system/r"),
+            ),
+            (
+                "one exported to others hides it",
+                "other",
+                &[("app", "a", "{host: web, exportTo: [third]}"), ("istio-system", "r", "{host: '*'}")],
+                None,
+            ),
+            ("exported by name", "other", &[("app", "a", "{host: web, exportTo: [other]}")], Some("app/a")),
+            ("not for its own namespace", "app", &[("app", "a", "{host: web, exportTo: [other]}")], None),
+            (
+                "the most specific of a level",
+                "app",
+                &[("app", "a", "{host: '*.local'}"), ("app", "b", "{host: '*.app.svc.cluster.local'}")],
+                Some("app/b"),
+            ),
+            (
+                "a selector of the proxy wins",
+                "app",
+                &[
+                    ("app", "a", "{host: web}"),
+                    ("app", "b", "{host: web, workloadSelector: {matchLabels: {app: client}}}"),
+                ],
+                Some("app/b"),
+            ),
+            (
+                "a selector of others does not",
+                "app",
+                &[("app", "a", "{host: web}"), ("app", "b", "{host: web, workloadSelector: {matchLabels: {app: x}}}")],
+                Some("app/a"),
+            ),
+            (
+                "a selector is private",
+                "other",
+                &[("app", "b", "{host: web, workloadSelector: {matchLabels: {app: client}}}")],
+                None,
+            ),
+            (
+                "root as client sees its private ones",
+                "istio-system",
+                &[("istio-system", "r", "{host: '*', exportTo: ['.']}")],
+                Some("istio-system/r"),
+            ),
+        ];
+        for (what, client, yaml, expected) in cases {
+            assert_eq!(name(&rules(client, yaml)).as_deref(), *expected, "{what}");
+        }
+    }
+
+    #[test]
+    fn rules_of_one_host_are_merged_without_their_policies() {
+        let all = rules(
+            "app",
+            &[
+                ("app", "a", "{host: web, subsets: [{name: v1, labels: {version: v1}}]}"),
+                (
+                    "app",
+                    "b",
+                    "{host: web.app.svc.cluster.local, trafficPolicy: {tls: {mode: SIMPLE}}, subsets: [{name: v1}, {name: v2}]}",
+                ),
+                ("app", "c", "{host: web, trafficPolicy: {tls: {mode: DISABLE}, outlierDetection: {}}}"),
+            ],
+        );
+        let rule = all.outbound(WEB).expect("found");
+        assert_eq!(rule.name, "a");
+        assert_eq!(rule.spec.subsets.iter().map(|s| s.name.as_str()).collect::<Vec<_>>(), ["v1", "v2"]);
+        assert_eq!(rule.spec.subsets[0].labels.len(), 1, "the first of a name");
+        let policy = rule.spec.traffic_policy.as_ref().expect("adopted");
+        assert!(policy.tls.is_some() && policy.outlier_detection.is_none());
+    }
+
+    #[test]
+    fn selectors_hold_for_calls_alone() {
+        let all = rules("app", &[("app", "b", "{host: web, workloadSelector: {matchLabels: {app: client}}}")]);
+        assert!(all.outbound(WEB).is_some() && all.inbound(WEB).is_none());
+    }
+
+    #[test]
+    fn blocks_go_over_blocks_and_ports_over_everything() {
+        let all = rules(
+            "app",
+            &[(
+                "app",
+                "a",
+                "{host: web, trafficPolicy: {tls: {mode: ISTIO_MUTUAL}, outlierDetection: {}, \
+                  portLevelSettings: [{port: {number: 80}, tls: {mode: DISABLE}}]}, subsets: [\
+                  {name: block, trafficPolicy: {tls: {mode: SIMPLE}}}, \
+                  {name: port, trafficPolicy: {portLevelSettings: [{port: {number: 90}, connectionPool: {}}]}}]}",
+            )],
+        );
+        let rule = all.outbound(WEB).map(Arc::as_ref);
+        let of = |port, subset| {
+            let p = policy(rule, None, port, subset);
+            (p.tls.map(|t| t.mode), p.outlier_detection.is_some(), p.connection_pool.is_some())
+        };
+        use crate::istio::destination_rule::TlsMode::{Disable, IstioMutual, Simple};
+        assert_eq!(of(90, ""), (Some(IstioMutual), true, false));
+        assert_eq!(of(80, ""), (Some(Disable), false, false), "a port inherits nothing");
+        assert_eq!(of(90, "block"), (Some(Simple), true, false));
+        assert_eq!(of(80, "block"), (Some(Simple), false, false));
+        assert_eq!(of(90, "port"), (None, false, true), "a subset's port leaves nothing of the rule");
+        assert_eq!(of(91, "port"), (Some(IstioMutual), true, false));
+    }
+
+    #[test]
+    fn what_listeners_and_routes_read() {
+        let all = rules(
+            "app",
+            &[(
+                "app",
+                "a",
+                "{host: web, trafficPolicy: {connectionPool: {tcp: {idleTimeout: 30s, maxConnectionDuration: 10m}}, \
+                  loadBalancer: {consistentHash: {useSourceIp: true}}, tunnel: {protocol: POST, targetHost: t, targetPort: 9}, \
+                  portLevelSettings: [{port: {number: 80}, loadBalancer: {consistentHash: {httpHeaderName: x}}}]}, \
+                  subsets: [{name: s, trafficPolicy: {loadBalancer: {consistentHash: {httpCookie: {name: c, ttl: 0s}}}}}]}",
+            )],
+        );
+        let of = |port, subset| rules_of(&all, WEB, port, subset);
+        let whole = of(None, "");
+        assert_eq!(whole.idle_timeout, Some(Duration::from_secs(30)));
+        assert_eq!(whole.max_connection_duration, Some(Duration::from_secs(600)));
+        assert_eq!(whole.tunneling, Some(("t:9".to_owned(), true)));
+        assert_eq!((whole.hash.map(|h| h.kind), whole.hash_source_ip), (Some(HashKind::SourceIp), true));
+        assert_eq!(of(Some(80), "").hash.map(|h| h.kind), Some(HashKind::Header("x".to_owned())));
+        let subset = of(Some(80), "s");
+        let cookie = HashKind::Cookie { name: "c".to_owned(), path: String::new(), ttl: Some(Duration::ZERO) };
+        assert_eq!(subset.hash.map(|h| h.kind), Some(cookie));
+        assert_eq!((subset.hash_source_ip, subset.tunneling), (false, None));
+        assert_eq!(rules_of(&all, "unknown", None, ""), Rules::default());
+    }
 }

@@ -4,11 +4,17 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use super::peer_auth::Effective;
+use super::clusters::{self, Inputs};
+use super::destination_rules::{self, DestinationRules};
+use super::peer_auth::{Effective, Policy};
 use super::view::{Policies, Rules, Settings, View};
 use super::virtual_services::{self, Routes, Source};
-use crate::istio::peer_authentication::Mode;
+use crate::istio::destination_rule::DestinationRule;
+use crate::istio::mesh_config::MeshConfig;
+use crate::istio::mesh_networks::MeshNetworks;
+use crate::istio::peer_authentication::{Mode, PeerAuthentication};
 use crate::istio::virtual_service::VirtualService;
+use crate::model::{Address, HealthStatus, Locality, Model};
 use crate::registry::{
     Protocol, Provider, Proxy, Resolution, Service, ServiceEndpoint, ServicePort, ServiceTarget, TargetPort,
 };
@@ -22,6 +28,8 @@ pub(super) struct Mesh {
     pub(super) mtls: Effective,
     pub(super) policies: Policies,
     pub(super) endpoints: Vec<ServiceEndpoint>,
+    pub(super) peer_policies: Vec<(String, PeerAuthentication)>,
+    pub(super) networks: MeshNetworks,
 }
 
 impl Mesh {
@@ -42,6 +50,8 @@ impl Mesh {
             mtls: Effective { mode: Mode::Permissive, ports: BTreeMap::new() },
             policies: Policies::default(),
             endpoints: Vec::new(),
+            peer_policies: Vec::new(),
+            networks: MeshNetworks::default(),
         }
     }
 
@@ -62,6 +72,32 @@ impl Mesh {
             .collect();
     }
 
+    /// Clusters and load assignments under DestinationRules (namespace, name, YAML of the `spec`) and a `MeshConfig`.
+    pub(super) fn clusters(&self, rules: &[(&str, &str, &str)], mesh: &str) -> Model {
+        let config: MeshConfig = serde_saphyr::from_str(mesh).expect("valid test YAML");
+        let specs: Vec<DestinationRule> =
+            rules.iter().map(|(.., spec)| serde_saphyr::from_str(spec).expect("valid test YAML")).collect();
+        let sources: Vec<destination_rules::Source<'_>> = rules
+            .iter()
+            .zip(&specs)
+            .map(|((namespace, name, _), spec)| destination_rules::Source { namespace, name, spec })
+            .collect();
+        let rules = DestinationRules::new(&sources, &self.services, &self.proxy, &self.settings, &[]);
+        let inputs = Inputs {
+            rules: &rules,
+            mesh: &config,
+            peer_policies: &self
+                .peer_policies
+                .iter()
+                .map(|(n, p)| Policy { namespace: n, name: "p", spec: p })
+                .collect::<Vec<_>>(),
+            networks: &self.networks,
+        };
+        let mut model = Model::default();
+        self.with_view(|view| clusters::fill(view, inputs, &mut model));
+        model
+    }
+
     pub(super) fn with_view<T>(&self, f: impl FnOnce(&View<'_>) -> T) -> T {
         f(&View {
             proxy: &self.proxy,
@@ -74,6 +110,30 @@ impl Mesh {
             rules: &|_, _, _| Rules::default(),
             endpoints: &|_, _| self.endpoints.clone(),
         })
+    }
+}
+
+/// An endpoint in `region/zone`, with mTLS where it has a service account.
+pub(super) fn endpoint(ip: [u8; 4], port: u16, place: (&str, &str), account: &str, version: &str) -> ServiceEndpoint {
+    let labels = [("app", "web"), ("version", version)].map(|(k, v)| (k.to_owned(), v.to_owned()));
+    ServiceEndpoint {
+        address: Address::Socket((ip, port).into()),
+        service_port: "http".to_owned(),
+        labels: labels.into(),
+        service_account: if account.is_empty() {
+            String::new()
+        } else {
+            format!("spiffe://cluster.local/ns/app/sa/{account}")
+        },
+        locality: Locality { region: place.0.to_owned(), zone: place.1.to_owned(), sub_zone: String::new() },
+        network: String::new(),
+        weight: 1,
+        mtls: !account.is_empty(),
+        health: HealthStatus::Healthy,
+        workload: format!("web-{}", ip[3]),
+        namespace: "app".to_owned(),
+        node_name: format!("node{}", ip[3]),
+        hostname: String::new(),
     }
 }
 
