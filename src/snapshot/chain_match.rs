@@ -300,3 +300,174 @@ pub(super) fn lower(text: &str) -> Cow<'_, str> {
     }
     Cow::Borrowed(text)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::snapshot::Terminal;
+
+    fn chain(name: &str) -> Arc<Chain> {
+        Arc::new(Chain {
+            name: name.into(),
+            tls: None,
+            l4: Box::default(),
+            terminal: Terminal::Refuse("test".into()),
+            unusable: None,
+            handshake_timeout: None,
+        })
+    }
+
+    fn matcher(chains: &[(&str, ChainMatch)]) -> ChainMatcher {
+        let (matcher, problems) = ChainMatcher::new(chains.iter().map(|(n, m)| (m, chain(n))), Some(chain("default")));
+        assert_eq!(problems, []);
+        matcher
+    }
+
+    fn on_port(port: u16) -> ChainMatch {
+        ChainMatch { destination_port: Some(port), ..ChainMatch::default() }
+    }
+
+    fn networks(list: &[&str]) -> Vec<IpNet> {
+        list.iter().map(|net| net.parse().unwrap()).collect()
+    }
+
+    /// Destination, server name, TLS, protocols, source.
+    fn found(m: &ChainMatcher, dst: &str, sni: &str, tls: bool, alpn: &[&str], src: &str) -> String {
+        let alpn: Vec<String> = alpn.iter().map(|p| (*p).to_owned()).collect();
+        let input = ChainInput {
+            dst: dst.parse().unwrap(),
+            src: src.parse().unwrap(),
+            sni: (!sni.is_empty()).then_some(sni),
+            transport: if tls { TransportProtocol::Tls } else { TransportProtocol::RawBuffer },
+            alpn: &alpn,
+        };
+        m.find(&input).unwrap().name.to_string()
+    }
+
+    #[test]
+    fn a_port_that_leads_nowhere_does_not_step_back() {
+        let names = |port, name: &str| ChainMatch { server_names: vec![name.into()], ..port };
+        let m = matcher(&[("80-a", names(on_port(80), "a")), ("any-b", names(ChainMatch::default(), "b"))]);
+        for (dst, sni, expected) in [
+            ("1.1.1.1:80", "a", "80-a"),
+            ("1.1.1.1:80", "b", "default"),
+            ("1.1.1.1:81", "b", "any-b"),
+            ("1.1.1.1:81", "a", "default"),
+        ] {
+            assert_eq!(found(&m, dst, sni, true, &[], "9.9.9.9:1"), expected, "{dst} {sni}");
+        }
+    }
+
+    #[test]
+    fn the_longest_prefix_wins() {
+        let nets = |list: &[&str]| ChainMatch { prefix_ranges: networks(list), ..ChainMatch::default() };
+        let m = matcher(&[
+            ("eight", nets(&["10.0.0.0/8"])),
+            ("host", nets(&["10.1.2.3/32"])),
+            ("sixteen", nets(&["10.1.9.9/16", "fd00::/8"])),
+            ("all", nets(&["0.0.0.0/0"])),
+        ]);
+        for (dst, expected) in [
+            ("10.1.2.3:1", "host"),
+            ("10.1.2.4:1", "sixteen"),
+            ("10.2.0.1:1", "eight"),
+            ("11.0.0.1:1", "all"),
+            ("[fd01::1]:1", "sixteen"),
+            ("[::ffff:10.1.2.3]:1", "host"),
+            ("[2001::1]:1", "default"),
+        ] {
+            assert_eq!(found(&m, dst, "", false, &[], "9.9.9.9:1"), expected, "{dst}");
+        }
+    }
+
+    #[test]
+    fn server_names() {
+        let names = |list: &[&str]| ChainMatch {
+            server_names: list.iter().map(|n| (*n).to_owned()).collect(),
+            ..ChainMatch::default()
+        };
+        let m = matcher(&[
+            ("exact", names(&["www.Example.com", "com"])),
+            ("example", names(&["*.example.com"])),
+            ("com", names(&["*.com"])),
+            ("none", names(&[])),
+        ]);
+        for (sni, expected) in [
+            ("WWW.example.COM", "exact"),
+            ("a.example.com", "example"),
+            ("a.b.example.com", "example"),
+            ("example.com", "com"),
+            (".example.com", "com"),
+            ("com", "exact"),
+            ("org", "none"),
+            ("", "none"),
+        ] {
+            assert_eq!(found(&m, "1.1.1.1:1", sni, true, &[], "9.9.9.9:1"), expected, "{sni}");
+        }
+        for name in ["*", "a*", "*.*.a", "*a"] {
+            let said = names(&[name]);
+            let (_, problems) = ChainMatcher::new([(&said, chain("x"))], None);
+            assert_eq!(problems.len(), 1, "{name}");
+        }
+    }
+
+    /// The chains of an inbound port in PERMISSIVE mode.
+    #[test]
+    fn permissive_auto_port() {
+        let with = |tls, protocols: &[&str]| ChainMatch {
+            transport_protocol: Some(if tls { TransportProtocol::Tls } else { TransportProtocol::RawBuffer }),
+            application_protocols: protocols.iter().map(|p| (*p).to_owned()).collect(),
+            ..on_port(80)
+        };
+        let m = matcher(&[
+            ("mtls-http", with(true, &["istio-http/1.0", "istio-http/1.1", "istio-h2"])),
+            ("http", with(false, &["http/1.1", "h2c"])),
+            ("mtls-tcp", with(true, &["istio-peer-exchange", "istio"])),
+            ("raw", with(false, &[])),
+            ("tls", with(true, &[])),
+        ]);
+        for (tls, alpn, expected) in [
+            (true, &["istio-http/1.1", "istio", "http/1.1"][..], "mtls-http"),
+            (true, &["istio", "istio-h2"], "mtls-tcp"),
+            (true, &["h2", "http/1.1"], "tls"),
+            (true, &[], "tls"),
+            (false, &["http/1.1"], "http"),
+            (false, &["http/1.0"], "raw"),
+            (false, &[], "raw"),
+        ] {
+            assert_eq!(found(&m, "1.1.1.1:80", "", tls, alpn, "9.9.9.9:1"), expected, "{tls} {alpn:?}");
+        }
+        assert_eq!(found(&m, "1.1.1.1:81", "", false, &[], "9.9.9.9:1"), "default");
+    }
+
+    #[test]
+    fn sources() {
+        let any = ChainMatch::default;
+        let m = matcher(&[
+            ("local", ChainMatch { source_type: SourceType::SameIpOrLoopback, ..any() }),
+            ("net", ChainMatch { source_prefix_ranges: networks(&["9.0.0.0/8"]), ..any() }),
+            ("port", ChainMatch { source_prefix_ranges: networks(&["9.0.0.0/8"]), source_ports: vec![7], ..any() }),
+            ("direct", ChainMatch { direct_source_prefix_ranges: networks(&["8.0.0.0/8"]), ..any() }),
+        ]);
+        for (src, expected) in [
+            ("127.0.0.1:1", "local"),
+            ("1.1.1.1:1", "local"),
+            ("9.0.0.1:1", "net"),
+            ("9.0.0.1:7", "port"),
+            ("8.0.0.1:7", "direct"),
+            ("7.0.0.1:7", "default"),
+        ] {
+            assert_eq!(found(&m, "1.1.1.1:1", "", false, &[], src), expected, "{src}");
+        }
+    }
+
+    #[test]
+    fn the_first_of_equal_matches_stays() {
+        let (a, b) = (on_port(80), on_port(80));
+        let (m, problems) = ChainMatcher::new([(&a, chain("first")), (&b, chain("second"))], None);
+        assert_eq!(problems.len(), 1);
+        assert_eq!(problems[0].0, 1);
+        assert_eq!(found(&m, "1.1.1.1:80", "", false, &[], "9.9.9.9:1"), "first");
+        assert_eq!(m.all().count(), 2);
+    }
+}

@@ -1,5 +1,7 @@
 //! String, header and query matchers, compiled once.
 
+use std::fmt;
+
 use http::header::{HeaderName, HeaderValue};
 use proxy_config::model;
 use regex::bytes::Regex;
@@ -26,6 +28,7 @@ enum Pattern {
 /// A regular expression; most of those that Istio makes ask for something simpler.
 #[derive(Debug, Clone)]
 struct Expression {
+    said: Box<str>,
     regex: Regex,
     simple: Option<Simple>,
 }
@@ -43,7 +46,7 @@ enum Simple {
 
 impl Expression {
     fn compile(said: &str) -> Result<Self, String> {
-        Ok(Self { regex: re2::full_match(said)?, simple: Simple::of(said) })
+        Ok(Self { said: said.into(), regex: re2::full_match(said)?, simple: Simple::of(said) })
     }
 
     fn is_match(&self, value: &[u8]) -> bool {
@@ -125,6 +128,25 @@ impl StringMatch {
     }
 }
 
+/// For people: `a`, `a*`, `*a`, `*a*`; expressions as they were said.
+impl fmt::Display for StringMatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.pattern {
+            Pattern::Exact(t) => f.write_str(t)?,
+            Pattern::Prefix(t) => write!(f, "{t}*")?,
+            Pattern::Suffix(t) => write!(f, "*{t}")?,
+            Pattern::Contains(t) => write!(f, "*{t}*")?,
+            Pattern::Regex(expression) => match &expression.simple {
+                Some(Simple::Any) => f.write_str("*")?,
+                Some(Simple::NotEmpty) => f.write_str("any value")?,
+                Some(Simple::Contains(t)) => write!(f, "*{t}*")?,
+                None => write!(f, "/{}/", expression.said)?,
+            },
+        }
+        f.write_str(if self.ignore_case { " (any case)" } else { "" })
+    }
+}
+
 fn contains(value: &[u8], part: &[u8]) -> bool {
     part.is_empty() || value.windows(part.len()).any(|window| window == part)
 }
@@ -191,6 +213,18 @@ impl HeaderMatch {
         (self.found(first) || values.any(|value| self.found(value))) != self.invert
     }
 
+    /// The header, lower case, or pseudo-header; `None` for a name that no request can have.
+    pub fn name(&self) -> Option<&str> {
+        match &self.name {
+            Field::Method => Some(":method"),
+            Field::Path => Some(":path"),
+            Field::Authority => Some(":authority"),
+            Field::Scheme => Some(":scheme"),
+            Field::Header(name) => Some(name.as_str()),
+            Field::Never => None,
+        }
+    }
+
     /// What it says where there is no such header, or no request at all (TCP). Absence satisfies nothing but the wish
     /// for it, not even an inverted match, as Envoy has it.
     pub fn judge_absent(&self) -> bool {
@@ -210,6 +244,19 @@ impl HeaderMatch {
             Value::Text(text) => text.matches(value),
             Value::Range(start, end) => integer(value).is_some_and(|n| n >= *start && n < *end),
             Value::Present(wanted) => *wanted,
+        }
+    }
+}
+
+/// What the value must be, for people.
+impl fmt::Display for HeaderMatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.invert { "not " } else { "" })?;
+        match &self.value {
+            Value::Present(true) => f.write_str("any value"),
+            Value::Present(false) => f.write_str("absent"),
+            Value::Text(text) => text.fmt(f),
+            Value::Range(start, end) => write!(f, "{start} to {end}"),
         }
     }
 }

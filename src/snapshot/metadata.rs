@@ -1,5 +1,7 @@
 //! Conditions on dynamic metadata: what earlier filters left behind, JWT payloads above all.
 
+use std::fmt;
+
 use proxy_config::model;
 use serde_json::Value;
 
@@ -74,6 +76,34 @@ impl Wanted {
             }
             Self::Or(of) => of.iter().any(|one| one.holds(value)),
             Self::Number(wanted) => value.and_then(Value::as_f64) == Some(*wanted),
+        }
+    }
+}
+
+/// What the value must be, for people.
+impl fmt::Display for MetadataMatch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.invert { "not " } else { "" })?;
+        self.value.fmt(f)
+    }
+}
+
+impl fmt::Display for Wanted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Null => f.write_str("null"),
+            Self::Text(text) => text.fmt(f),
+            Self::Bool(wanted) => wanted.fmt(f),
+            Self::Present(true) => f.write_str("any value"),
+            Self::Present(false) => f.write_str("absent"),
+            Self::OneOf(one) => write!(f, "a list with {one}"),
+            Self::Or(of) => {
+                for (i, one) in of.iter().enumerate() {
+                    write!(f, "{}{one}", if i > 0 { " or " } else { "" })?;
+                }
+                Ok(())
+            }
+            Self::Number(wanted) => wanted.fmt(f),
         }
     }
 }

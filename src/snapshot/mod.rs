@@ -24,6 +24,7 @@ mod logs;
 mod matcher;
 mod metadata;
 mod rbac;
+mod rbac_why;
 mod re2;
 pub mod route;
 mod route_compile;
@@ -42,6 +43,7 @@ pub use listener::{ChainInput, Inspect, Listener};
 pub use matcher::{HeaderMatch, QueryMatch, StringMatch, query, url_path};
 pub use proxy_config::{Name, Reject};
 pub use rbac::{Rbac, Verdict};
+pub use rbac_why::Denial;
 pub use route::{Found, NoRoute, Route, RouteTable, VirtualHost};
 
 pub use crate::telemetry::{Format, Operator, Segment};

@@ -233,3 +233,234 @@ fn has_name(peer: &Peer, wanted: &StringMatch) -> bool {
     }
     names.iter().any(|name| wanted.matches(name.as_bytes()))
 }
+
+#[cfg(test)]
+mod tests {
+    use http::{HeaderMap, Method};
+    use proxy_config::model::{
+        HeaderMatcher, HeaderValueMatch, MetadataMatcher, Permission, Principal, RbacPolicy, RbacRules, StringMatcher,
+        ValueMatcher,
+    };
+    use serde_json::json;
+
+    use super::*;
+    use crate::snapshot::RequestView;
+
+    fn rules(action: RbacAction, policies: &[(&str, Permission, Principal)]) -> RbacRules {
+        let policy = |(name, permission, principal): &(&str, Permission, Principal)| {
+            let policy = RbacPolicy { permissions: vec![permission.clone()], principals: vec![principal.clone()] };
+            (Name::from(*name), policy)
+        };
+        RbacRules { action, policies: policies.iter().map(policy).collect() }
+    }
+
+    fn with(action: RbacAction, policies: &[(&str, Permission, Principal)]) -> Rbac {
+        let said = model::Rbac { rules: Some(rules(action, policies)), ..model::Rbac::default() };
+        Rbac::compile(&said).unwrap()
+    }
+
+    fn attributes() -> Attributes<'static> {
+        Attributes {
+            peer: None,
+            direct_remote: "10.0.0.9:4000".parse().unwrap(),
+            remote_ip: "192.0.2.1".parse().unwrap(),
+            destination: "[::ffff:10.1.0.1]:8080".parse().unwrap(),
+            sni: None,
+            request: None,
+            metadata: None,
+        }
+    }
+
+    fn holds_permission(permission: Permission, attributes: &Attributes<'_>) -> bool {
+        with(RbacAction::Allow, &[("p", permission, Principal::Any)]).check(attributes).allowed
+    }
+
+    fn holds_principal(principal: Principal, attributes: &Attributes<'_>) -> bool {
+        with(RbacAction::Allow, &[("p", Permission::Any, principal)]).check(attributes).allowed
+    }
+
+    fn header(name: &str, value: &str) -> HeaderMatcher {
+        let value = HeaderValueMatch::String(StringMatcher::exact(value));
+        HeaderMatcher { name: name.into(), value, invert: false, treat_missing_as_empty: false }
+    }
+
+    #[test]
+    fn actions() {
+        let any = |name| (name, Permission::Any, Principal::Any);
+        let none = |name| (name, Permission::Not(Box::new(Permission::Any)), Principal::Any);
+        for (action, policies, allowed, policy) in [
+            (RbacAction::Allow, vec![], false, None),
+            (RbacAction::Allow, vec![none("a"), any("b")], true, Some("b")),
+            (RbacAction::Allow, vec![none("a")], false, None),
+            (RbacAction::Deny, vec![], true, None),
+            (RbacAction::Deny, vec![none("a")], true, None),
+            (RbacAction::Deny, vec![any("d1"), any("d0")], false, Some("d0")),
+            (RbacAction::Log, vec![any("l")], true, Some("l")),
+            (RbacAction::Log, vec![], true, None),
+        ] {
+            let rbac = with(action, &policies);
+            let verdict = rbac.check(&attributes());
+            assert_eq!((verdict.allowed, verdict.policy.map(|n| &**n)), (allowed, policy), "{action:?} {policies:?}");
+            assert_eq!(verdict.shadow, None);
+        }
+        assert!(Rbac::default().check(&attributes()).allowed);
+        assert!(!Rbac::closed().check(&attributes()).allowed);
+    }
+
+    #[test]
+    fn shadow_rules_do_not_decide() {
+        let said = model::Rbac {
+            shadow_rules: Some(rules(RbacAction::Deny, &[("s", Permission::Any, Principal::Any)])),
+            ..model::Rbac::default()
+        };
+        let rbac = Rbac::compile(&said).unwrap();
+        let verdict = rbac.check(&attributes());
+        assert!(verdict.allowed);
+        assert_eq!(verdict.shadow, Some((false, Some(&Name::from("s")))));
+        assert_eq!(verdict.details(), "rbac_access_denied_matched_policy[none]");
+    }
+
+    #[test]
+    fn permissions_of_a_request() {
+        let mut headers = HeaderMap::new();
+        headers.append("x-a", "v".parse().unwrap());
+        headers.append("x-a", "w".parse().unwrap());
+        let request = RequestView {
+            method: &Method::GET,
+            scheme: "http",
+            authority: "Web:8080",
+            path: "/u/a?x=1#f",
+            headers: &headers,
+        };
+        let a = Attributes { request: Some(&request), sni: Some("Outbound_.80"), ..attributes() };
+        let not = |p| Permission::Not(Box::new(p));
+        let ignoring_case = |value: &str| HeaderMatcher {
+            value: HeaderValueMatch::String(StringMatcher { ignore_case: true, ..StringMatcher::exact(value) }),
+            ..header(":authority", "")
+        };
+        for (permission, expected) in [
+            (Permission::Header(header("x-a", "w")), true),
+            (Permission::Header(header("x-a", "v,w")), false),
+            (not(Permission::Header(header("x-a", "v"))), false),
+            (not(Permission::Header(header("x-b", "v"))), true),
+            (Permission::Header(header(":method", "GET")), true),
+            (Permission::Header(header(":method", "get")), false),
+            (Permission::Header(ignoring_case("wEB:8080")), true),
+            (Permission::Header(ignoring_case("web")), false),
+            (Permission::UrlPath(StringMatcher::exact("/u/a")), true),
+            (Permission::UrlPath(StringMatcher::prefix("/u/a?")), false),
+            (Permission::UriTemplate("/u/*".into()), true),
+            (Permission::UriTemplate("/*".into()), false),
+            (Permission::DestinationPort(8080), true),
+            (Permission::DestinationPort(80), false),
+            (Permission::DestinationIp("10.1.0.0/16".parse().unwrap()), true),
+            (Permission::DestinationIp("10.2.0.0/16".parse().unwrap()), false),
+            (Permission::ServerName(StringMatcher::prefix("outbound_")), true),
+            (Permission::And(vec![]), true),
+            (Permission::Or(vec![]), false),
+            (Permission::And(vec![Permission::DestinationPort(8080), Permission::UriTemplate("/x".into())]), false),
+            (Permission::Or(vec![Permission::DestinationPort(1), Permission::UriTemplate("/u/**".into())]), true),
+        ] {
+            assert_eq!(holds_permission(permission.clone(), &a), expected, "{permission:?}");
+        }
+    }
+
+    #[test]
+    fn a_connection_has_no_request() {
+        let a = attributes();
+        for permission in [
+            Permission::Header(header(":method", "GET")),
+            Permission::UrlPath(StringMatcher::prefix("")),
+            Permission::UriTemplate("/**".into()),
+            Permission::Metadata(MetadataMatcher {
+                filter: "f".into(),
+                path: vec!["k".into()],
+                value: ValueMatcher::Present(true),
+                invert: false,
+            }),
+        ] {
+            assert!(!holds_permission(permission.clone(), &a), "{permission:?}");
+            assert!(holds_permission(Permission::Not(Box::new(permission)), &a), "what is absent satisfies a negation");
+        }
+    }
+
+    fn peer(uris: &[&str], dns: &[&str]) -> Peer {
+        let mut peer = Peer::default();
+        peer.uri_sans = uris.iter().map(|s| (*s).to_owned()).collect();
+        peer.dns_sans = dns.iter().map(|s| (*s).to_owned()).collect();
+        peer.subject = "CN=x".into();
+        peer
+    }
+
+    #[test]
+    fn principals_come_from_the_peer() {
+        let exact = |s: &str| Principal::Authenticated(Some(StringMatcher::exact(s)));
+        let namespace = Principal::Authenticated(Some(StringMatcher::regex(".*/ns/a/.*")));
+        let (mesh, dns, tls) = (peer(&["spiffe://td/ns/a/sa/x"], &["d"]), peer(&[], &["d"]), peer(&[], &[]));
+        let two = peer(&["spiffe://td/ns/b/sa/x", "spiffe://td/ns/a/sa/y"], &[]);
+        for (peer, principal, expected) in [
+            (Some(&mesh), exact("spiffe://td/ns/a/sa/x"), true),
+            (Some(&mesh), exact("spiffe://td/ns/a/sa"), false),
+            (Some(&mesh), exact("d"), false),
+            (Some(&dns), exact("d"), true),
+            (Some(&dns), exact("CN=x"), false),
+            (Some(&tls), exact("CN=x"), false),
+            (Some(&mesh), namespace.clone(), true),
+            (Some(&two), namespace.clone(), true),
+            (None, namespace.clone(), false),
+            (None, Principal::Not(Box::new(namespace)), true),
+            (Some(&mesh), Principal::Authenticated(None), true),
+            (Some(&tls), Principal::Authenticated(None), false),
+            (None, Principal::Authenticated(None), false),
+            (
+                Some(&mesh),
+                Principal::FilterState(PEER_PRINCIPAL.into(), StringMatcher::exact("spiffe://td/ns/a/sa/x")),
+                true,
+            ),
+            (None, Principal::FilterState(PEER_PRINCIPAL.into(), StringMatcher::prefix("")), false),
+            (None, Principal::DirectRemoteIp("10.0.0.0/24".parse().unwrap()), true),
+            (None, Principal::RemoteIp("10.0.0.0/24".parse().unwrap()), false),
+            (None, Principal::RemoteIp("192.0.2.1/32".parse().unwrap()), true),
+            (None, Principal::RemoteIp("::/0".parse().unwrap()), false),
+        ] {
+            let a = Attributes { peer, ..attributes() };
+            assert_eq!(holds_principal(principal.clone(), &a), expected, "{peer:?} {principal:?}");
+        }
+    }
+
+    #[test]
+    fn claims() {
+        let payload = json!({"jwt": {"payload": {"iss": "me", "sub": "s", "groups": ["g1", "g2"]}}});
+        let claim = |name: &str, value| MetadataMatcher {
+            filter: "jwt".into(),
+            path: vec!["payload".into(), name.into()],
+            value,
+            invert: false,
+        };
+        let exact = |s: &str| ValueMatcher::String(StringMatcher::exact(s));
+        let a = Attributes { metadata: payload.as_object(), ..attributes() };
+        for (matcher, expected) in [
+            (claim("iss", exact("me")), true),
+            (claim("iss", exact("you")), false),
+            (claim("groups", ValueMatcher::ListOneOf(Box::new(exact("g2")))), true),
+            (claim("groups", exact("g2")), false),
+        ] {
+            assert_eq!(holds_principal(Principal::Metadata(matcher.clone()), &a), expected, "{matcher:?}");
+            assert!(!holds_principal(Principal::Metadata(matcher), &attributes()), "without a token");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_compiled_names_its_policy() {
+        for principal in [
+            Principal::Authenticated(Some(StringMatcher::regex("("))),
+            Principal::Not(Box::new(Principal::FilterState("other".into(), StringMatcher::exact("x")))),
+        ] {
+            let said = model::Rbac {
+                rules: Some(rules(RbacAction::Deny, &[("ns[a]-policy[b]-rule[0]", Permission::Any, principal)])),
+                ..model::Rbac::default()
+            };
+            assert!(Rbac::compile(&said).unwrap_err().starts_with("ns[a]-policy[b]-rule[0]: "));
+        }
+    }
+}

@@ -237,3 +237,183 @@ fn is_grpc(request: &RequestView<'_>) -> bool {
     let rest = request.headers.get(CONTENT_TYPE).and_then(|value| value.as_bytes().strip_prefix(b"application/grpc"));
     matches!(rest, Some([] | [b'+', ..]))
 }
+
+#[cfg(test)]
+mod tests {
+    use http::HeaderMap;
+    use proxy_config::model::{self, PathMatch};
+
+    use super::super::cluster::Ids;
+    use super::super::compile::Sink;
+    use super::super::route_compile;
+    use super::*;
+
+    fn table(said: &model::RouteTable) -> RouteTable {
+        let (names, mut rejects) = (ByName::default(), Vec::new());
+        let table = route_compile::table(said, &Ids(&names), &mut Sink::new(&mut rejects, "test"));
+        assert_eq!(rejects, []);
+        table
+    }
+
+    fn vhosts(domains: &[(&str, &[&str])], ignore_port: bool) -> RouteTable {
+        let vhost = |(name, domains): &(&str, &[&str])| model::VirtualHost {
+            name: (*name).into(),
+            domains: domains.iter().map(|d| (*d).to_owned()).collect(),
+            ..model::VirtualHost::default()
+        };
+        table(&model::RouteTable {
+            virtual_hosts: domains.iter().map(vhost).collect(),
+            ignore_port_in_host_matching: ignore_port,
+            ..model::RouteTable::default()
+        })
+    }
+
+    #[test]
+    fn virtual_hosts_in_order_of_preference() {
+        let all: &[(&str, &[&str])] = &[
+            ("any", &["*"]),
+            ("com", &["*.com"]),
+            ("example", &["*.example.com", "*-x.example.com"]),
+            ("exact", &["Web.example.com", "[::1]"]),
+            ("prefix", &["web.*", "w*"]),
+        ];
+        let with_port = vhosts(all, false);
+        let without_port = vhosts(all, true);
+        for (authority, kept, ignored) in [
+            ("web.example.com", "exact", "exact"),
+            ("WEB.Example.com", "exact", "exact"),
+            ("web.example.com:8080", "prefix", "exact"),
+            ("a.example.com", "example", "example"),
+            ("a-x.example.com", "example", "example"),
+            (".example.com", "com", "com"),
+            ("example.com", "com", "com"),
+            ("web.", "prefix", "prefix"),
+            ("w", "any", "any"),
+            ("web.org", "prefix", "prefix"),
+            ("", "any", "any"),
+            ("[::1]:80", "any", "exact"),
+            ("[::1]", "exact", "exact"),
+        ] {
+            assert_eq!(&*with_port.virtual_host(authority).unwrap().name, kept, "{authority}");
+            assert_eq!(&*without_port.virtual_host(authority).unwrap().name, ignored, "{authority} without port");
+        }
+        assert!(vhosts(&[("a", &["a"])], true).virtual_host("b").is_none());
+    }
+
+    pub(super) fn route(matches: model::RouteMatch) -> model::Route {
+        model::Route {
+            name: "".into(),
+            matches,
+            action: model::RouteAction::Direct { status: 200, body: Vec::new() },
+            request_headers: model::HeaderOps::default(),
+            response_headers: model::HeaderOps::default(),
+            decorator: None,
+            fault: None,
+            cors: None,
+            config: None,
+            stat_prefix: String::new(),
+            unsupported: Vec::new(),
+        }
+    }
+
+    fn on(path: PathMatch) -> model::RouteMatch {
+        model::RouteMatch {
+            path,
+            case_sensitive: true,
+            headers: Vec::new(),
+            query: Vec::new(),
+            dynamic_metadata: Vec::new(),
+            grpc: false,
+        }
+    }
+
+    fn takes(matches: model::RouteMatch, method: &Method, path: &str, headers: &[(&'static str, &str)]) -> bool {
+        let vhost = model::VirtualHost {
+            domains: vec!["*".into()],
+            routes: vec![route(matches)],
+            ..model::VirtualHost::default()
+        };
+        let table = table(&model::RouteTable { virtual_hosts: vec![vhost], ..model::RouteTable::default() });
+        let headers: HeaderMap = headers.iter().map(|(n, v)| (n.parse().unwrap(), v.parse().unwrap())).collect();
+        let request = RequestView { method, scheme: "http", authority: "h", path, headers: &headers };
+        match find(&table, &request, 0) {
+            Ok(_) => true,
+            Err(NoRoute::Route) => false,
+            Err(NoRoute::VirtualHost) => panic!("* takes every host"),
+        }
+    }
+
+    #[test]
+    fn paths() {
+        let folded = |path| model::RouteMatch { case_sensitive: false, ..on(path) };
+        let (prefix, exact) = (|t: &str| PathMatch::Prefix(t.into()), |t: &str| PathMatch::Exact(t.into()));
+        let segments = |t: &str| PathMatch::PathSeparatedPrefix(t.into());
+        let regex = |t: &str| PathMatch::Regex(t.into());
+        for (matches, path, expected) in [
+            (on(prefix("/foo")), "/foobar", true),
+            (on(prefix("/foo")), "/fo", false),
+            (on(prefix("/foo?x")), "/foo?x", false),
+            (on(prefix("/foo")), "/FOO", false),
+            (folded(prefix("/foo")), "/FOOd", true),
+            (on(exact("/foo")), "/foo?q=1", true),
+            (on(exact("/foo")), "/foo/", false),
+            (folded(exact("/Foo")), "/fOO#x", true),
+            (on(segments("/foo")), "/foo", true),
+            (on(segments("/foo")), "/foo/bar", true),
+            (on(segments("/foo")), "/foobar", false),
+            (folded(segments("/foo")), "/FOO/bar", true),
+            (on(regex("/a.*b")), "/axxb?c", true),
+            (on(regex("/a.*b")), "/axxbc", false),
+            (folded(regex("/a")), "/A", false),
+            (on(PathMatch::Template("/u/{id}/x".into())), "/u/1/x", true),
+            (on(PathMatch::Template("/u/{id}/x".into())), "/u/1/2/x", false),
+            (on(PathMatch::Connect), "/", false),
+            (on(prefix("/\u{e4}")), "/\u{e4}x", true),
+            (on(prefix("/x\u{e4}")), "/x", false),
+        ] {
+            assert_eq!(takes(matches.clone(), &Method::GET, path, &[]), expected, "{:?} {path}", matches.path);
+        }
+    }
+
+    #[test]
+    fn connect() {
+        assert!(takes(on(PathMatch::Connect), &Method::CONNECT, "", &[]));
+        assert!(takes(on(PathMatch::Connect), &Method::CONNECT, "/p", &[]));
+        assert!(!takes(on(PathMatch::Prefix(String::new())), &Method::CONNECT, "", &[]));
+        assert!(!takes(on(PathMatch::Regex(".*".into())), &Method::CONNECT, "h:1", &[]));
+    }
+
+    #[test]
+    fn everything_must_hold() {
+        let said = model::RouteMatch {
+            headers: vec![model::HeaderMatcher {
+                name: "x".into(),
+                value: model::HeaderValueMatch::String(model::StringMatcher::exact("1")),
+                invert: false,
+                treat_missing_as_empty: false,
+            }],
+            query: vec![model::QueryMatcher { name: "q".into(), value: None, present: None }],
+            grpc: true,
+            ..on(PathMatch::Prefix("/".into()))
+        };
+        let all = [("x", "1"), ("content-type", "application/grpc+proto")];
+        assert!(takes(said.clone(), &Method::POST, "/?q", &all));
+        assert!(!takes(said.clone(), &Method::POST, "/", &all));
+        assert!(!takes(said.clone(), &Method::POST, "/?q", &all[1..]));
+        assert!(!takes(said.clone(), &Method::POST, "/?q", &all[..1]));
+        assert!(!takes(said, &Method::POST, "/?q", &[("x", "1"), ("content-type", "application/grpc-web")]));
+    }
+
+    #[test]
+    fn what_was_matched() {
+        let one = |path| {
+            let vhost = model::VirtualHost { routes: vec![route(on(path))], ..model::VirtualHost::default() };
+            table(&model::RouteTable { virtual_hosts: vec![vhost], ..model::RouteTable::default() })
+        };
+        let prefix = one(PathMatch::Prefix("/a".into()));
+        assert_eq!(prefix.virtual_hosts[0].routes[0].matched("/abc?d"), Some("/a"));
+        let exact = one(PathMatch::Exact("/abc".into()));
+        assert_eq!(exact.virtual_hosts[0].routes[0].matched("/abc?d"), Some("/abc"));
+        assert_eq!(one(PathMatch::Connect).virtual_hosts[0].routes[0].matched("/"), None);
+    }
+}
