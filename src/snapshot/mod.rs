@@ -29,6 +29,8 @@ mod re2;
 pub mod route;
 mod route_compile;
 mod template;
+#[cfg(test)]
+mod tests;
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
