@@ -10,6 +10,7 @@ pub mod istio;
 mod load;
 pub mod model;
 pub mod registry;
+pub mod xds;
 
 pub use load::{AutoEntry, Inputs, Loaded, Source, Store, WhoAmI, from_yaml, validate};
 pub use model::{Model, Name, Reject, Severity};
