@@ -5,8 +5,10 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use socket2::{SockRef, TcpKeepalive};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::net::{TcpSocket, TcpStream, UnixStream};
 use tokio::time::timeout;
+
+use super::Stream;
 
 /// Where to connect to and how.
 #[derive(Debug, Clone, Copy)]
@@ -54,6 +56,12 @@ pub async fn connect(target: &Target) -> io::Result<TcpStream> {
         Ok(result) => result,
         Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, "connect timeout")),
     }
+}
+
+/// Connects to a Unix domain socket; a path that begins with `@` is in the abstract namespace.
+pub async fn connect_unix(path: &str) -> io::Result<Stream> {
+    let path = path.strip_prefix('@').map_or_else(|| path.to_owned(), |name| format!("\0{name}"));
+    Ok(UnixStream::connect(path).await?.into())
 }
 
 /// A bound source owns its port alone, also in TIME_WAIT, so 28 000 connections from 127.0.0.6 would be the end of it.

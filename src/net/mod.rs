@@ -23,7 +23,7 @@ pub mod proxy_protocol;
 pub mod sniff;
 mod stream;
 
-pub use connect::{Keepalive, Target, connect};
+pub use connect::{Keepalive, Target, connect, connect_unix};
 pub use listen::{ListenOptions, listen, probe_free};
 pub use orig_dst::original_dst;
 pub use stream::{Io, Stream};

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bytes::{Buf, Bytes};
 use tokio::io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf};
-use tokio::net::TcpStream;
+use tokio::net::{TcpStream, UnixStream};
 
 /// What an encrypted transport offers; `tls` implements it by being a stream, so that `net` need not know its types.
 pub trait Io: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
@@ -20,6 +20,8 @@ impl<T: AsyncRead + AsyncWrite + Send + Unpin + 'static> Io for T {}
 pub enum Stream {
     /// A plain socket.
     Tcp(TcpStream),
+    /// A Unix domain socket.
+    Unix(UnixStream),
     /// TLS where we are the server.
     ServerTls(Box<dyn Io>),
     /// TLS where we are the client.
@@ -51,7 +53,7 @@ impl Stream {
         match self {
             Self::Tcp(tcp) => Some(tcp),
             Self::Prefixed(p) => p.inner.tcp(),
-            Self::ServerTls(_) | Self::ClientTls(_) | Self::Mem(_) => None,
+            Self::Unix(_) | Self::ServerTls(_) | Self::ClientTls(_) | Self::Mem(_) => None,
         }
     }
 
@@ -60,7 +62,7 @@ impl Stream {
         match self {
             Self::ServerTls(_) | Self::ClientTls(_) => true,
             Self::Prefixed(p) => p.inner.is_tls(),
-            Self::Tcp(_) | Self::Mem(_) => false,
+            Self::Tcp(_) | Self::Unix(_) | Self::Mem(_) => false,
         }
     }
 
@@ -79,6 +81,12 @@ impl From<TcpStream> for Stream {
     }
 }
 
+impl From<UnixStream> for Stream {
+    fn from(unix: UnixStream) -> Self {
+        Self::Unix(unix)
+    }
+}
+
 impl From<DuplexStream> for Stream {
     fn from(mem: DuplexStream) -> Self {
         Self::Mem(mem)
@@ -89,6 +97,7 @@ impl fmt::Debug for Stream {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Tcp(tcp) => f.debug_tuple("Tcp").field(tcp).finish(),
+            Self::Unix(unix) => f.debug_tuple("Unix").field(unix).finish(),
             Self::ServerTls(_) => f.write_str("ServerTls"),
             Self::ClientTls(_) => f.write_str("ClientTls"),
             Self::Prefixed(p) => f.debug_tuple("Prefixed").field(&p.prefix.len()).field(&p.inner).finish(),
@@ -101,6 +110,7 @@ impl AsyncRead for Stream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Tcp(s) => Pin::new(s).poll_read(cx, buf),
+            Self::Unix(s) => Pin::new(s).poll_read(cx, buf),
             Self::ServerTls(s) | Self::ClientTls(s) => Pin::new(s).poll_read(cx, buf),
             Self::Mem(s) => Pin::new(s).poll_read(cx, buf),
             Self::Prefixed(p) => {
@@ -120,6 +130,7 @@ impl AsyncWrite for Stream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         match self.get_mut() {
             Self::Tcp(s) => Pin::new(s).poll_write(cx, buf),
+            Self::Unix(s) => Pin::new(s).poll_write(cx, buf),
             Self::ServerTls(s) | Self::ClientTls(s) => Pin::new(s).poll_write(cx, buf),
             Self::Mem(s) => Pin::new(s).poll_write(cx, buf),
             Self::Prefixed(p) => Pin::new(&mut p.inner).poll_write(cx, buf),
@@ -133,6 +144,7 @@ impl AsyncWrite for Stream {
     ) -> Poll<io::Result<usize>> {
         match self.get_mut() {
             Self::Tcp(s) => Pin::new(s).poll_write_vectored(cx, bufs),
+            Self::Unix(s) => Pin::new(s).poll_write_vectored(cx, bufs),
             Self::ServerTls(s) | Self::ClientTls(s) => Pin::new(s).poll_write_vectored(cx, bufs),
             Self::Mem(s) => Pin::new(s).poll_write_vectored(cx, bufs),
             Self::Prefixed(p) => Pin::new(&mut p.inner).poll_write_vectored(cx, bufs),
@@ -142,6 +154,7 @@ impl AsyncWrite for Stream {
     fn is_write_vectored(&self) -> bool {
         match self {
             Self::Tcp(s) => s.is_write_vectored(),
+            Self::Unix(s) => s.is_write_vectored(),
             Self::ServerTls(s) | Self::ClientTls(s) => s.is_write_vectored(),
             Self::Mem(s) => s.is_write_vectored(),
             Self::Prefixed(p) => p.inner.is_write_vectored(),
@@ -151,6 +164,7 @@ impl AsyncWrite for Stream {
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Tcp(s) => Pin::new(s).poll_flush(cx),
+            Self::Unix(s) => Pin::new(s).poll_flush(cx),
             Self::ServerTls(s) | Self::ClientTls(s) => Pin::new(s).poll_flush(cx),
             Self::Mem(s) => Pin::new(s).poll_flush(cx),
             Self::Prefixed(p) => Pin::new(&mut p.inner).poll_flush(cx),
@@ -160,6 +174,7 @@ impl AsyncWrite for Stream {
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Tcp(s) => Pin::new(s).poll_shutdown(cx),
+            Self::Unix(s) => Pin::new(s).poll_shutdown(cx),
             Self::ServerTls(s) | Self::ClientTls(s) => Pin::new(s).poll_shutdown(cx),
             Self::Mem(s) => Pin::new(s).poll_shutdown(cx),
             Self::Prefixed(p) => Pin::new(&mut p.inner).poll_shutdown(cx),

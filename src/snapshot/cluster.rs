@@ -34,6 +34,34 @@ pub struct ClusterShared {
 }
 
 impl ClusterShared {
+    /// A cluster outside any snapshot, for tests and benches of what uses clusters.
+    pub fn alone(config: model::Cluster, hosts: &model::Endpoints, secrets: &Secrets) -> Self {
+        let matches = config.transport_matches.iter().map(|m| &m.transport);
+        let transports = matches.chain([&config.transport]).map(|said| Transport::compile(said, secrets)).collect();
+        Self {
+            name: Arc::clone(&config.name),
+            breakers: Arc::new(Breakers::new(&config.limits)),
+            hosts: Arc::new(HostSet::build(hosts, None, |_| config.transport_matches.len())),
+            transports,
+            config: Arc::new(config),
+            said_hosts: None,
+        }
+    }
+
+    /// The same cluster with another load assignment; hosts that stay keep their statistics.
+    #[must_use]
+    pub fn with_hosts(&self, hosts: &model::Endpoints) -> Self {
+        let default = self.transports.len() - 1;
+        Self {
+            name: Arc::clone(&self.name),
+            config: Arc::clone(&self.config),
+            breakers: Arc::clone(&self.breakers),
+            hosts: Arc::new(HostSet::build(hosts, Some(&self.hosts), |_| default)),
+            transports: Arc::clone(&self.transports),
+            said_hosts: None,
+        }
+    }
+
     /// The socket of a host.
     pub fn transport(&self, host: &super::Host) -> &Transport {
         self.transports.get(host.transport).unwrap_or_else(|| self.default_transport())

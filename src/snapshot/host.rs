@@ -1,12 +1,14 @@
 //! Hosts and the atomics that all workers share: breaker counts and host statistics. They outlive snapshots.
 
+use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use crossbeam_utils::CachePadded;
 use hashbrown::HashMap;
 use proxy_config::model::{self, HealthStatus, Locality};
+use tokio::time::Instant;
 
 use super::Name;
 
@@ -40,6 +42,20 @@ pub struct Host {
 }
 
 impl Host {
+    /// A host that nobody configured: the original destination of a connection.
+    pub fn original(address: SocketAddr, transport: usize) -> Self {
+        let said = model::Endpoint {
+            address: model::Address::Socket(address),
+            health: HealthStatus::Unknown,
+            weight: 1,
+            transport_labels: BTreeMap::new(),
+            workload: String::new(),
+            hostname: String::new(),
+            metadata: BTreeMap::new(),
+        };
+        host(&said, &(address, None), (&Arc::default(), 0), transport, None)
+    }
+
     /// Whether the control plane lets it be used at all.
     pub fn is_eligible(&self) -> bool {
         !matches!(self.health, HealthStatus::Unhealthy | HealthStatus::Draining)
@@ -58,6 +74,17 @@ pub struct HostStats {
     pub totals: CachePadded<Totals>,
     /// Ejection.
     pub ejection: CachePadded<Ejection>,
+    /// Responses since the last sweep, counted only while success rates are compared.
+    pub window: CachePadded<Window>,
+}
+
+/// Responses of one sweep interval.
+#[derive(Debug, Default)]
+pub struct Window {
+    /// All.
+    pub total: AtomicU32,
+    /// Those that were no failure.
+    pub good: AtomicU32,
 }
 
 /// Consecutive failures by kind.
@@ -156,6 +183,11 @@ pub struct Breakers {
     pub retries: CachePadded<Gauge>,
     /// Hosts that are ejected now.
     pub ejected: CachePadded<AtomicU32>,
+    /// Changes with every ejection and return, so that workers know when their host lists are old.
+    pub health_version: CachePadded<AtomicU32>,
+    /// When ejections are looked at next; the worker that moves it on does the work.
+    pub next_sweep: CachePadded<AtomicU64>,
+    epoch: OnceLock<Instant>,
 }
 
 impl Breakers {
@@ -164,6 +196,12 @@ impl Breakers {
         let breakers = Self::default();
         breakers.limit(limits);
         breakers
+    }
+
+    /// Milliseconds on the cluster's clock, which all workers share; it starts at 1, so that 0 can mean "never".
+    pub fn clock(&self) -> u64 {
+        let epoch = *self.epoch.get_or_init(Instant::now);
+        1 + u64::try_from(epoch.elapsed().as_millis()).expect("an uptime in milliseconds fits 64 bits")
     }
 
     /// New limits; what is in use stays.

@@ -40,7 +40,9 @@ use http::{HeaderMap, Method};
 pub use chain::{AlpnRewrite, Chain, Filter, HttpChain, HttpFilter, HttpOptions, TcpChain, Terminal};
 pub use cluster::{ClusterRef, ClusterShared, Transport, WeightedClusters};
 pub use compile::compile;
-pub use host::{Breakers, Ejection, Failures, Gauge, Host, HostSet, HostStats, LocalityHosts, Priority, Totals};
+pub use host::{
+    Breakers, Ejection, Failures, Gauge, Host, HostSet, HostStats, LocalityHosts, Priority, Totals, Window,
+};
 pub use listener::{ChainInput, Inspect, Listener};
 pub use matcher::{HeaderMatch, QueryMatch, StringMatch, query, url_path};
 pub use proxy_config::{Name, Reject};

@@ -13,7 +13,24 @@
 
 mod answer;
 mod body;
+mod breaker;
+mod conn;
+mod edf;
+mod failure;
+mod hash;
+mod health;
+mod idle;
+mod judge;
+mod lb;
+mod outlier;
+mod pool;
+mod retry;
+mod send;
+mod tcp;
 mod view;
+
+#[cfg(test)]
+mod fixture;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -23,10 +40,11 @@ use http::uri::Scheme;
 use tokio::time::Instant;
 
 pub use answer::{Answer, AnswerBody};
-pub use body::{Body, Progress};
+pub use body::{Body, BodyError, Progress};
+pub use hash::xx_hash;
 pub use view::{ClusterLocal, View};
 
-use crate::error::{Error, Flags, Kind};
+use crate::error::{Error, Flags};
 use crate::net::Stream;
 use crate::snapshot::action::RetryPolicy;
 use crate::snapshot::{AlpnRewrite, Host};
@@ -121,8 +139,7 @@ pub async fn send(
     body: Body,
     trace: &mut Trace,
 ) -> Result<Answer, Error> {
-    let _ = (call, parts, body, trace);
-    Err(Error::local(Kind::NoHealthyHost))
+    send::send(call, parts, body, trace).await
 }
 
 /// A connection to be relayed.
@@ -151,10 +168,10 @@ pub struct TcpUpstream {
     pub local: Option<SocketAddr>,
     /// TLS peer; its `alpn` says whether metadata is exchanged.
     pub peer: Option<Arc<Peer>>,
+    _hold: tcp::TcpHold,
 }
 
 /// Connects for a TCP proxy.
 pub async fn connect_tcp(call: &TcpCall<'_>, trace: &mut Trace) -> Result<TcpUpstream, Error> {
-    let _ = (call, trace);
-    Err(Error::local(Kind::NoHealthyHost))
+    tcp::connect(call, trace).await
 }

@@ -1,8 +1,20 @@
 //! One worker's view of the configuration: the snapshot, and what this worker keeps for the clusters it uses.
 
-use std::sync::{Arc, OnceLock};
+use std::collections::HashMap;
+use std::fmt;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
-use crate::snapshot::{ClusterId, ClusterShared, Snapshot};
+use proxy_config::model::ClusterKind;
+
+use super::conn::Place;
+use super::lb::{Balancer, Wish};
+use super::outlier::{Detector, Policy, Signal};
+use super::pool::{Key, Pool};
+use crate::snapshot::{ClusterId, ClusterShared, Host, HostStats, Snapshot, Transport};
+
+/// Original destinations of a cluster that are remembered before the unused ones are looked for.
+const DYNAMIC_HOSTS: usize = 64;
 
 /// A snapshot with this worker's state for it.
 #[derive(Default)]
@@ -12,23 +24,247 @@ pub struct View {
     clusters: Box<[OnceLock<Arc<ClusterLocal>>]>,
 }
 
+impl fmt::Debug for View {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("View").field("version", &self.snap.version).finish_non_exhaustive()
+    }
+}
+
 impl View {
     /// A view; connections of hosts that stay come along from `prev`, the others are closed as they become idle.
     pub fn new(snap: Arc<Snapshot>, prev: Option<&Self>) -> Self {
-        let _ = prev;
-        let clusters = snap.clusters().iter().map(|_| OnceLock::new()).collect();
+        let clusters: Box<[OnceLock<Arc<ClusterLocal>>]> = snap.clusters().iter().map(|_| OnceLock::new()).collect();
+        for old in prev.iter().flat_map(|view| &view.clusters).filter_map(OnceLock::get) {
+            let Some(id) = snap.cluster_id(&old.shared.name) else {
+                old.retire(None);
+                continue;
+            };
+            let shared = snap.cluster(id);
+            let new = if Arc::ptr_eq(shared, &old.shared) {
+                Arc::clone(old)
+            } else {
+                let new = ClusterLocal::new(Arc::clone(shared), Some(old));
+                old.retire(Some(&new));
+                new
+            };
+            // Nobody else has the slots yet.
+            let _ = clusters[id.index()].set(new);
+        }
         Self { snap, clusters }
     }
 
     /// This worker's part of a cluster, made when it is first asked for.
     pub fn cluster(&self, id: ClusterId) -> &Arc<ClusterLocal> {
-        self.clusters[id.index()].get_or_init(|| Arc::new(ClusterLocal { shared: Arc::clone(self.snap.cluster(id)) }))
+        self.clusters[id.index()].get_or_init(|| ClusterLocal::new(Arc::clone(self.snap.cluster(id)), None))
+    }
+
+    /// The clusters that this worker has used.
+    pub fn used(&self) -> impl Iterator<Item = &Arc<ClusterLocal>> {
+        self.clusters.iter().filter_map(OnceLock::get)
     }
 }
 
 /// What one worker keeps for a cluster: pools, balancer, draws.
-#[derive(Debug)]
 pub struct ClusterLocal {
     /// What all workers share.
     pub shared: Arc<ClusterShared>,
+    /// By position in [`crate::snapshot::HostSet::all`].
+    hosts: Box<[Arc<HostPools>]>,
+    /// Original destinations.
+    dynamic: Arc<Mutex<HashMap<SocketAddr, (Arc<Host>, Arc<HostPools>)>>>,
+    balancer: Mutex<Balancer>,
+    outlier: Option<Policy>,
+}
+
+impl fmt::Debug for ClusterLocal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ClusterLocal").field("name", &self.shared.name).finish_non_exhaustive()
+    }
+}
+
+/// One worker's lock: never contended, and never held across a wait.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A chosen host.
+#[derive(Debug, Clone)]
+pub(super) struct Picked {
+    /// Position in the host set; none for original destinations.
+    pub(super) at: Option<u32>,
+    pub(super) host: Arc<Host>,
+    pub(super) pools: Arc<HostPools>,
+}
+
+impl ClusterLocal {
+    /// A worker's part of a cluster. Pools of hosts whose socket did not change come along from `prev`.
+    pub fn new(shared: Arc<ClusterShared>, prev: Option<&Self>) -> Arc<Self> {
+        let prev = prev.filter(|prev| same_connections(&prev.shared, &shared));
+        let old: HashMap<*const HostStats, &Arc<HostPools>> =
+            prev.into_iter().flat_map(|prev| &prev.hosts).map(|p| (Arc::as_ptr(&p.place.host.stats), p)).collect();
+        let pools = |host: &Arc<Host>| {
+            let transport = shared.transport(host);
+            let same = old.get(&Arc::as_ptr(&host.stats)).filter(|p| same_transport(&p.place.transport, transport));
+            same.map_or_else(|| HostPools::new(&shared, host), |pools| Arc::clone(pools))
+        };
+        let same_socket = |prev: &&Self| same_transport(prev.shared.default_transport(), shared.default_transport());
+        let dynamic = prev.filter(same_socket);
+        let local = Arc::new(Self {
+            hosts: shared.hosts.all.iter().map(pools).collect(),
+            dynamic: dynamic.map_or_else(Arc::default, |prev| Arc::clone(&prev.dynamic)),
+            balancer: Mutex::new(Balancer::new(fastrand::u64(..))),
+            outlier: shared.config.outlier.as_ref().map(Policy::new),
+            shared,
+        });
+        local.watch();
+        local
+    }
+
+    /// Sweeps ejections as long as this part of the cluster is there. Every worker ticks, one of them does the work.
+    fn watch(self: &Arc<Self>) {
+        let Some(policy) = &self.outlier else { return };
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        let interval = policy.interval();
+        let local = Arc::downgrade(self);
+        runtime.spawn(sweep(local, interval));
+    }
+
+    /// Open upstream connections of this worker.
+    pub fn connections(&self) -> usize {
+        let dynamic: usize = lock(&self.dynamic).values().map(|(_, pools)| pools.size()).sum();
+        self.hosts.iter().map(|pools| pools.size()).sum::<usize>() + dynamic
+    }
+
+    /// Chooses a host; `None`: there is none to be used.
+    pub(super) fn pick(&self, wish: Wish<'_>, original_dst: Option<SocketAddr>) -> Option<Picked> {
+        if matches!(self.shared.config.kind, ClusterKind::OriginalDst) {
+            return original_dst.map(|address| self.original(address));
+        }
+        let clock = || self.shared.breakers.clock();
+        let at = lock(&self.balancer).pick(&self.shared, wish, clock)?;
+        let host = Arc::clone(&self.shared.hosts.all[at as usize]);
+        Some(Picked { at: Some(at), host, pools: Arc::clone(&self.hosts[at as usize]) })
+    }
+
+    fn original(&self, mut address: SocketAddr) -> Picked {
+        if let Some(port) = self.shared.config.upstream_port_override {
+            address.set_port(port);
+        }
+        let mut dynamic = lock(&self.dynamic);
+        // Looked at only when the number has doubled since: constant work per new destination.
+        if dynamic.len() >= DYNAMIC_HOSTS && dynamic.len() == dynamic.capacity() && !dynamic.contains_key(&address) {
+            dynamic.retain(|_, (_, pools)| pools.size() > 0);
+        }
+        let (host, pools) = dynamic.entry(address).or_insert_with(|| {
+            let host = Arc::new(Host::original(address, usize::MAX));
+            let pools = HostPools::new(&self.shared, &host);
+            (host, pools)
+        });
+        Picked { at: None, host: Arc::clone(host), pools: Arc::clone(pools) }
+    }
+
+    /// A number below 1.
+    pub(super) fn draw(&self) -> f64 {
+        f64::from(lock(&self.balancer).draw(1 << 20)) / f64::from(1 << 20)
+    }
+
+    /// Tells outlier detection about a try.
+    pub(super) fn record(&self, host: &HostStats, signal: Signal) {
+        let Some(detector) = self.detector() else { return };
+        let draw = lock(&self.balancer).draw(100);
+        detector.record(host, signal, self.shared.breakers.clock(), draw);
+    }
+
+    fn detector(&self) -> Option<Detector<'_>> {
+        let policy = self.outlier.as_ref()?;
+        Some(Detector { policy, breakers: &self.shared.breakers, hosts: &self.shared.hosts.all })
+    }
+
+    /// Closes what is idle and not part of `next`.
+    fn retire(&self, next: Option<&Self>) {
+        let kept: Vec<*const HostPools> = next.iter().flat_map(|next| &next.hosts).map(Arc::as_ptr).collect();
+        for pools in self.hosts.iter().filter(|pools| !kept.contains(&Arc::as_ptr(pools))) {
+            pools.retire();
+        }
+        if !next.is_some_and(|next| Arc::ptr_eq(&next.dynamic, &self.dynamic)) {
+            lock(&self.dynamic).values().for_each(|(_, pools)| pools.retire());
+        }
+    }
+}
+
+async fn sweep(local: Weak<ClusterLocal>, interval: std::time::Duration) {
+    loop {
+        {
+            let Some(local) = local.upgrade() else { return };
+            let Some(detector) = local.detector() else { return };
+            let now = local.shared.breakers.clock();
+            if detector.is_due(now) {
+                let draw = lock(&local.balancer).draw(100);
+                detector.sweep(now, draw);
+            }
+        }
+        tokio::time::sleep(interval).await;
+    }
+}
+
+/// The pools of one host.
+#[derive(Debug)]
+pub(super) struct HostPools {
+    pub(super) place: Place,
+    breakers: Arc<crate::snapshot::Breakers>,
+    pools: Mutex<Vec<Arc<Pool>>>,
+}
+
+impl HostPools {
+    fn new(shared: &ClusterShared, host: &Arc<Host>) -> Arc<Self> {
+        let place = Place {
+            host: Arc::clone(host),
+            transport: shared.transport(host).clone(),
+            config: Arc::clone(&shared.config),
+        };
+        Arc::new(Self { place, breakers: Arc::clone(&shared.breakers), pools: Mutex::default() })
+    }
+
+    /// The pool for a kind of connection; nearly always the first and only one.
+    pub(super) fn pool(&self, key: &Key) -> Arc<Pool> {
+        let mut pools = lock(&self.pools);
+        if let Some(pool) = pools.iter().find(|pool| pool.key == *key) {
+            return Arc::clone(pool);
+        }
+        // Keys that name a client come and go.
+        pools.retain(|pool| pool.key.client.is_none() || pool.size() > 0);
+        let pool = Pool::new(key.clone(), self.place.clone(), &self.breakers);
+        pools.push(Arc::clone(&pool));
+        pool
+    }
+
+    fn size(&self) -> usize {
+        lock(&self.pools).iter().map(|pool| pool.size()).sum()
+    }
+
+    fn retire(&self) {
+        lock(&self.pools).iter().for_each(|pool| pool.retire());
+    }
+}
+
+/// Whether connections of one version of a cluster are good for another: everything but hosts is the same.
+fn same_connections(a: &ClusterShared, b: &ClusterShared) -> bool {
+    Arc::ptr_eq(&a.config, &b.config) || {
+        let (a, b) = (&a.config, &b.config);
+        a.http == b.http
+            && a.connect_timeout == b.connect_timeout
+            && a.source_address == b.source_address
+            && a.tcp_keepalive == b.tcp_keepalive
+            && a.upstream_port_override == b.upstream_port_override
+    }
+}
+
+fn same_transport(a: &Transport, b: &Transport) -> bool {
+    match (a, b) {
+        (Transport::Raw, Transport::Raw) => true,
+        (Transport::Tls(a), Transport::Tls(b)) => a == b,
+        (Transport::ProxyProtocol(v, a), Transport::ProxyProtocol(w, b)) => v == w && same_transport(a, b),
+        (Transport::Unusable(a), Transport::Unusable(b)) => a == b,
+        _ => false,
+    }
 }
