@@ -146,10 +146,8 @@ fn one(site: &Site<'_>, endpoint: &ServiceEndpoint, said: Option<TlsMode>) -> En
     }
 }
 
-/// `name;namespace;canonical service;revision;cluster`. Files know one cluster: the proxy's, or the one of a registry
-/// that nobody named.
+/// `name;namespace;canonical service;revision;cluster`.
 fn workload(endpoint: &ServiceEndpoint, cluster: &str) -> String {
-    let cluster = if cluster.is_empty() { "Kubernetes" } else { cluster };
     let label = |names: [&str; 3]| names.into_iter().find_map(|n| endpoint.labels.get(n)).map(String::as_str);
     let service = label(["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"]);
     let revision = label(["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"]);
