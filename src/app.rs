@@ -2,6 +2,7 @@
 
 mod host;
 mod logging;
+mod observe;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -108,11 +109,14 @@ async fn serve(args: &ProxyArgs, control: Control, count: usize, plan: Plan) -> 
     let first = control.published();
     let (drain, leaving) = Drain::new();
     let (snapshots, receiver) = watch::channel(Arc::clone(&first.snapshot));
+    let telemetry = observe::telemetry(&first.proxy);
+    let _logs = observe::logs(args.access_log.as_deref(), &telemetry)?;
     let settings = worker::Settings { snapshots: receiver, drain: leaving.clone(), node: host::node(&first.proxy) };
     let mut workers = Workers::start(count, &settings).context("workers")?;
     if let Some((address, e)) = workers.sockets(&first.snapshot).into_iter().next() {
         return Err(anyhow!(e).context(format!("cannot listen on {address}")));
     }
+    observe::published(&first, &telemetry);
     let (publish, published) = watch::channel(first);
     let (ready, is_ready) = watch::channel(false);
     let (ask, asked) = mpsc::channel(1);
@@ -135,6 +139,7 @@ async fn serve(args: &ProxyArgs, control: Control, count: usize, plan: Plan) -> 
                 }
                 let news = Arc::clone(&following.borrow_and_update());
                 follow(&news, &snapshots, &mut workers);
+                observe::published(&news, &telemetry);
             }
             index = workers.ended() => {
                 return Err(Died(format!("worker {index} ended without being told to")).into());
