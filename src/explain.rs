@@ -269,7 +269,7 @@ fn policies_of_request(asked: &Asked<'_>, http: &HttpChain, request: &RequestVie
 }
 
 fn judge(asked: &Asked<'_>, filter: &str, rbac: &Rbac, request: Option<&RequestView<'_>>, answer: &mut Answer) {
-    let verdict = rbac.check(&Attributes {
+    let attributes = Attributes {
         peer: asked.peer.as_ref(),
         direct_remote: asked.call.source(),
         remote_ip: asked.call.source().ip(),
@@ -277,11 +277,13 @@ fn judge(asked: &Asked<'_>, filter: &str, rbac: &Rbac, request: Option<&RequestV
         sni: Some(&*asked.sni).filter(|sni| !sni.is_empty() && asked.call.tls != Tls::Plaintext),
         request,
         metadata: None,
-    });
+    };
+    let verdict = rbac.check(&attributes);
     answer.policies.push(Policy {
         filter: filter.to_owned(),
         allowed: verdict.allowed,
         policy: verdict.policy.map(ToString::to_string),
+        why: rbac.why(&attributes).map(|denial| denial.to_string()),
         shadow: verdict.shadow.map(|(allowed, policy)| Shadow { allowed, policy: policy.map(ToString::to_string) }),
     });
     if !verdict.allowed {

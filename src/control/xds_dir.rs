@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail, ensure};
 use bytes::Bytes;
 use proxy_config::registry::Proxy;
+use proxy_config::xds::{XdsBundle, decode};
 use proxy_config::{Model, WhoAmI};
 
 /// One file for each kind of resource.
@@ -41,8 +42,11 @@ fn read_file(file: &Path) -> Result<Bytes> {
 
 /// Their model.
 pub(super) fn load(responses: &[Bytes], who: &WhoAmI) -> Result<(Model, Proxy)> {
-    ensure!(responses.iter().all(Bytes::is_empty), "recorded resources are not read yet");
-    Ok((Model::default(), proxy(who)?))
+    let decoded = decode(&XdsBundle { responses: responses.to_vec() });
+    for field in &decoded.unread {
+        tracing::info!("{field} has no effect here");
+    }
+    Ok((decoded.model, proxy(who)?))
 }
 
 /// Whose resources they are. They are complete without that; it is for addresses, logs and metrics, so what is not said

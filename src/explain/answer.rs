@@ -80,6 +80,9 @@ pub struct Policy {
     /// The policy that decided; `None` when none matched.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub policy: Option<String>,
+    /// Why it is denied.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub why: Option<String>,
     /// What the dry-run rules say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shadow: Option<Shadow>,
@@ -200,7 +203,8 @@ impl fmt::Display for Policy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let word = |allowed: bool| if allowed { "allows" } else { "denies" };
         let by = |policy: &Option<String>| policy.clone().unwrap_or_else(|| "no policy matched".to_owned());
-        write!(f, "{} {}: {}", self.filter, word(self.allowed), by(&self.policy))?;
+        let said = self.why.clone().unwrap_or_else(|| by(&self.policy));
+        write!(f, "{} {}: {said}", self.filter, word(self.allowed))?;
         match &self.shadow {
             Some(shadow) => write!(f, " (dry run {}: {})", word(shadow.allowed), by(&shadow.policy)),
             None => Ok(()),
