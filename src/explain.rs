@@ -177,7 +177,8 @@ fn chain_of<'a>(listener: &'a Listener, call: &Call) -> Option<&'a Arc<Chain>> {
     listener.chain(&ChainInput {
         dst: call.destination(),
         src: call.source(),
-        sni: Some(&*sni).filter(|sni| seen && !sni.is_empty()),
+        // Plaintext with a server name is a question about chains, not about a client.
+        sni: Some(&*sni).filter(|sni| (seen || !is_tls) && !sni.is_empty()),
         transport: if seen { TransportProtocol::Tls } else { TransportProtocol::RawBuffer },
         alpn: &alpn,
     })

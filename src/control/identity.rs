@@ -62,14 +62,20 @@ pub(super) fn files(model: &Model) -> Vec<PathBuf> {
         let paths = name.strip_prefix("file-cert:").or_else(|| name.strip_prefix("file-root:"));
         paths.into_iter().flat_map(|paths| paths.split('~')).map(PathBuf::from).collect()
     };
-    names(model).iter().flat_map(of).collect()
+    let names = names(model);
+    names.certificates.iter().chain(&names.roots).flat_map(of).collect()
 }
 
-/// Adds the files that the model names; a file that cannot be read leaves what it had.
-pub(super) fn with_files(mut secrets: Secrets, model: &Model) -> (Secrets, Vec<Reject>) {
+/// Adds the files that the model names; a file that cannot be read leaves what it had. With `made_up` whatever is
+/// missing gets the mesh's own, so that no answer depends on whose machine asks.
+pub(super) fn with_files(mut secrets: Secrets, model: &Model, made_up: bool) -> (Secrets, Vec<Reject>) {
     let mut rejects = Vec::new();
-    for name in names(model) {
-        match secrets.with_files(&name) {
+    let names = names(model);
+    if made_up {
+        return (secrets.with_own_for(&names.certificates, &names.roots), rejects);
+    }
+    for name in names.certificates.union(&names.roots) {
+        match secrets.with_files(name) {
             Ok(next) => secrets = next,
             Err(reason) => rejects.push(Reject {
                 resource: format!("Secret {name}"),
@@ -84,18 +90,32 @@ pub(super) fn with_files(mut secrets: Secrets, model: &Model) -> (Secrets, Vec<R
     (secrets, rejects)
 }
 
+/// SDS names.
+#[derive(Default)]
+struct Names {
+    certificates: BTreeSet<Name>,
+    roots: BTreeSet<Name>,
+}
+
 /// Every SDS name in the model.
-fn names(model: &Model) -> BTreeSet<Name> {
-    let mut names = BTreeSet::new();
+fn names(model: &Model) -> Names {
+    let mut names = Names::default();
     for listener in model.listeners.values() {
         let chains = listener.filter_chains.iter().chain(&listener.default_filter_chain);
-        chains.filter_map(|chain| chain.tls.as_ref()).for_each(|tls| names_of(&tls.common, &mut names));
+        chains.filter_map(|chain| chain.tls.as_ref()).for_each(|tls| names.of(&tls.common));
     }
     for cluster in model.clusters.values().filter(|c| !matches!(c.kind, ClusterKind::DynamicForwardProxy)) {
         let sockets = cluster.transport_matches.iter().map(|m| &m.transport).chain([&cluster.transport]);
-        sockets.filter_map(upstream_tls).for_each(|tls| names_of(tls, &mut names));
+        sockets.filter_map(upstream_tls).for_each(|tls| names.of(tls));
     }
     names
+}
+
+impl Names {
+    fn of(&mut self, tls: &CommonTls) {
+        self.certificates.extend(tls.certificates.iter().cloned());
+        self.roots.extend(tls.validation.iter().filter_map(|v| v.roots.clone()));
+    }
 }
 
 fn upstream_tls(transport: &Transport) -> Option<&CommonTls> {
@@ -104,11 +124,6 @@ fn upstream_tls(transport: &Transport) -> Option<&CommonTls> {
         Transport::ProxyProtocol(_, inner) => upstream_tls(inner),
         Transport::Raw | Transport::Unsupported(_) => None,
     }
-}
-
-fn names_of(tls: &CommonTls, names: &mut BTreeSet<Name>) {
-    names.extend(tls.certificates.iter().cloned());
-    names.extend(tls.validation.iter().filter_map(|v| v.roots.clone()));
 }
 
 #[cfg(test)]
@@ -151,11 +166,23 @@ mod tests {
         let cert = format!("file-cert:{}~{}", at("cert-chain.pem"), at("key.pem"));
         let mut model = Model::default();
         model.listeners.insert("in".into(), Arc::new(listener(&cert, "file-root:/nowhere.pem")));
-        let (secrets, rejects) = with_files(Secrets::new(), &model);
+        let (secrets, rejects) = with_files(Secrets::new(), &model, false);
         assert!(secrets.identity(&cert).is_some());
         let told: Vec<String> = rejects.iter().map(ToString::to_string).collect();
         assert_eq!(told.len(), 1, "{told:?}");
         assert!(told[0].starts_with("Secret file-root:/nowhere.pem: /nowhere.pem: No such file"), "{}", told[0]);
+    }
+
+    #[test]
+    fn made_up_material_stands_in_for_every_name() {
+        let mut model = Model::default();
+        model.listeners.insert("in".into(), Arc::new(listener("file-cert:a.pem~b.pem", "kubernetes://x-cacert")));
+        let mesh = Certs::MadeUp.renewed(&Secrets::new()).unwrap();
+        let (secrets, rejects) = with_files(mesh, &model, true);
+        assert!(rejects.is_empty());
+        assert!(
+            secrets.identity("file-cert:a.pem~b.pem").is_some() && secrets.roots("kubernetes://x-cacert").is_some()
+        );
     }
 
     #[test]

@@ -179,7 +179,7 @@ impl Control {
             Ok(secrets) => self.secrets = secrets,
             Err(e) => trouble.push(trouble_with("Certificates", &e)),
         }
-        let (secrets, _) = identity::with_files(self.secrets.clone(), &self.model);
+        let (secrets, _) = self.with_files();
         let same = Arc::ptr_eq(&old_model, &self.model) && secrets == *self.published.snapshot.secrets();
         let told = trouble.iter().all(|reject| self.published.rejects.contains(reject));
         let healed = trouble.is_empty() && self.published.rejects.iter().any(is_trouble);
@@ -225,7 +225,7 @@ impl Control {
 
     /// Compiles and makes it the current one.
     fn publish(&mut self, mut rejects: Vec<Reject>) {
-        let (secrets, unreadable) = identity::with_files(self.secrets.clone(), &self.model);
+        let (secrets, unreadable) = self.with_files();
         self.secrets = secrets;
         let prev = (self.published.version > 0).then_some(&*self.published.snapshot);
         let (snapshot, uncompiled) = snapshot::compile(prev, &self.model, &self.secrets);
@@ -241,6 +241,10 @@ impl Control {
             health,
         });
         self.stamps = self.stamps_now();
+    }
+
+    fn with_files(&self) -> (Secrets, Vec<Reject>) {
+        identity::with_files(self.secrets.clone(), &self.model, self.settings.certs == Certs::MadeUp)
     }
 
     fn folders(&self) -> Vec<PathBuf> {

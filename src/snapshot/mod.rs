@@ -105,17 +105,18 @@ impl Snapshot {
     }
 
     /// The listener that takes over a connection to `dst`: that of the exact address, else that of the wildcard address
-    /// with the port. `None`: `entry` keeps it.
+    /// with the port, that of IPv4 also for IPv6: istiod's listeners have the wildcard of the proxy's first family.
+    /// `None`: `entry` keeps it.
     pub fn hand_off(&self, entry: &Listener, dst: SocketAddr) -> Option<&Arc<Listener>> {
         if !entry.use_original_dst {
             return None;
         }
-        let any = match dst.ip() {
-            IpAddr::V4(_) => IpAddr::V4(Ipv4Addr::UNSPECIFIED),
-            IpAddr::V6(_) => IpAddr::V6(Ipv6Addr::UNSPECIFIED),
-        };
-        let exact = SocketAddr::new(dst.ip(), dst.port());
-        let id = self.by_address.get(&exact).or_else(|| self.by_address.get(&SocketAddr::new(any, dst.port())))?;
+        let at = |ip: IpAddr| self.by_address.get(&SocketAddr::new(ip, dst.port()));
+        let any_v4 = || at(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+        let id = at(dst.ip()).or_else(|| match dst.ip() {
+            IpAddr::V4(_) => any_v4(),
+            IpAddr::V6(_) => at(IpAddr::V6(Ipv6Addr::UNSPECIFIED)).or_else(any_v4),
+        })?;
         let found = &self.listeners[*id as usize];
         (found.name != entry.name).then_some(found)
     }

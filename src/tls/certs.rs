@@ -155,6 +155,27 @@ impl Secrets {
         Ok(self.clone())
     }
 
+    /// Gives the workload's own material to every name that has none; for questions that no peer will ever see.
+    #[must_use]
+    pub fn with_own_for<'a>(
+        &self,
+        certificates: impl IntoIterator<Item = &'a Arc<str>>,
+        roots: impl IntoIterator<Item = &'a Arc<str>>,
+    ) -> Self {
+        let mut next = self.clone();
+        if let Some(own) = self.identities.get(WORKLOAD) {
+            certificates.into_iter().for_each(|name| {
+                next.identities.entry(Arc::clone(name)).or_insert_with(|| Arc::clone(own));
+            });
+        }
+        if let Some(own) = self.roots.get(MESH_ROOTS) {
+            roots.into_iter().for_each(|name| {
+                next.roots.entry(Arc::clone(name)).or_insert_with(|| Arc::clone(own));
+            });
+        }
+        next
+    }
+
     /// A certificate by SDS name.
     pub fn identity(&self, name: &str) -> Option<&Arc<Identity>> {
         self.identities.get(name)
