@@ -2,9 +2,9 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
-use proxy_config::model::TransportProtocol;
+use proxy_config::model::{Direction, TransportProtocol};
 use tokio::time::{Instant, timeout};
 
 use super::Env;
@@ -12,8 +12,12 @@ use crate::drain::Guard;
 use crate::error::Kind;
 use crate::net::Stream;
 use crate::net::sniff::{Inspectors, Sniffed, Sniffer, Transport};
-use crate::snapshot::{Attributes, Chain, ChainInput, Filter, Listener, Rbac};
+use crate::snapshot::{Attributes, Chain, ChainInput, Filter, Listener};
+use crate::telemetry::{Record, RecordKind, Reporter};
 use crate::tls::{self, HANDSHAKE_LIMIT, Peer};
+
+/// The secret that every workload has.
+const WORKLOAD: &str = "default";
 
 /// A connection as it was accepted.
 pub(super) struct Arrival {
@@ -36,6 +40,10 @@ pub(super) struct Conn {
     pub(super) tls: Option<Arc<Peer>>,
     /// Server name that the client sent, whoever ends its TLS.
     pub(super) sni: Option<String>,
+    /// The client sent a ClientHello, whoever ends its TLS.
+    pub(super) client_tls: bool,
+    /// What the client offered, or what inspection found.
+    pub(super) alpn: Vec<String>,
     /// The client had finished sending when its first bytes were looked at.
     pub(super) eof: bool,
     pub(super) id: u64,
@@ -82,6 +90,8 @@ pub(super) async fn open(stream: Stream, mut arrival: Arrival) -> Option<(Stream
                 destination: arrival.destination,
                 tls: found.tls,
                 sni: found.sni,
+                client_tls: found.client_tls,
+                alpn: found.alpn,
                 eof: found.eof,
                 start: begun.0,
                 started: begun.1,
@@ -90,10 +100,40 @@ pub(super) async fn open(stream: Stream, mut arrival: Arrival) -> Option<(Stream
             Some((found.stream, Arc::new(conn)))
         }
         Err(refusal) => {
-            tracing::debug!(peer = %arrival.peer, listener = %arrival.listener.name, ?refusal, "connection refused");
+            refused(&arrival, &refusal, begun);
             None
         }
     }
+}
+
+/// Accounts for a connection that ends before its chain serves it.
+fn refused(arrival: &Arrival, refusal: &Refusal, (start, started): (Instant, SystemTime)) {
+    tracing::debug!(peer = %arrival.peer, listener = %arrival.listener.name, ?refusal, "connection refused");
+    let logs = &arrival.listener.access_log;
+    let Some(sink) = arrival.env.log().filter(|sink| sink.wants(logs)) else { return };
+    let mut record = Record::new(RecordKind::Conn, started, start.elapsed());
+    record.downstream_remote = Some(arrival.peer);
+    record.downstream_direct_remote = Some(arrival.peer);
+    record.downstream_local = Some(arrival.destination);
+    let failure;
+    if let Some(kind) = refusal.kind() {
+        record.flags = kind.row().flag;
+        record.details = kind.row().details;
+    }
+    match refusal {
+        Refusal::Tls(error) => {
+            failure = error.to_string();
+            record.downstream_failure = &failure;
+        }
+        Refusal::Denied(details) => {
+            record.kind = RecordKind::Tcp;
+            record.details = "";
+            record.termination_details = details;
+        }
+        Refusal::Unusable(why) => record.termination_details = why,
+        Refusal::NoChain | Refusal::Silent | Refusal::Gone => {}
+    }
+    sink.log(&record, logs);
 }
 
 /// What [`establish`] finds out.
@@ -102,6 +142,8 @@ struct Established {
     chain: Arc<Chain>,
     tls: Option<Arc<Peer>>,
     sni: Option<String>,
+    client_tls: bool,
+    alpn: Vec<String>,
     eof: bool,
 }
 
@@ -119,7 +161,8 @@ async fn establish(mut stream: Stream, arrival: &Arrival) -> Result<Established,
     }
     let sni = tls.as_ref().and_then(|peer| peer.sni.clone()).or(seen.sni);
     check_filters(&chain, arrival, tls.as_deref(), sni.as_deref())?;
-    Ok(Established { stream, chain, tls, sni, eof: seen.eof })
+    let client_tls = seen.transport == Transport::Tls;
+    Ok(Established { stream, chain, tls, sni, client_tls, alpn: seen.alpn, eof: seen.eof })
 }
 
 /// Looks at the first bytes as far as the listener asks.
@@ -174,30 +217,36 @@ fn check_filters(chain: &Chain, arrival: &Arrival, tls: Option<&Peer>, sni: Opti
         (Terminal::Tcp(_), Some(why)) => return Err(Refusal::Unusable(why.to_string())),
         _ => {}
     }
+    let attributes = Attributes {
+        peer: tls,
+        direct_remote: arrival.peer,
+        remote_ip: arrival.peer.ip(),
+        destination: arrival.destination,
+        sni,
+        request: None,
+        metadata: None,
+    };
     for filter in &chain.l4 {
-        match filter {
-            Filter::Rbac(rbac) => {
-                let attributes = Attributes {
-                    peer: tls,
-                    direct_remote: arrival.peer,
-                    remote_ip: arrival.peer.ip(),
-                    destination: arrival.destination,
-                    sni,
-                    request: None,
-                    metadata: None,
-                };
-                allow(rbac, &attributes)?;
+        if let Filter::Unsupported(name) = filter {
+            return Err(Refusal::Unusable(format!("filter {name} is not supported")));
+        }
+    }
+    check_policy(chain, &attributes).map_err(Refusal::Denied)
+}
+
+/// Asks the policies of a chain; the details of the one that refuses.
+pub(super) fn check_policy(chain: &Chain, attributes: &Attributes<'_>) -> Result<(), String> {
+    for filter in &chain.l4 {
+        let Filter::Rbac(rbac) = filter else { continue };
+        let verdict = rbac.check(attributes);
+        if !verdict.allowed {
+            if let Some(denial) = rbac.why(attributes) {
+                tracing::debug!(peer = %attributes.direct_remote, "RBAC: connection denied: {denial}");
             }
-            Filter::MetadataExchange(_) => {}
-            Filter::Unsupported(name) => return Err(Refusal::Unusable(format!("filter {name} is not supported"))),
+            return Err(verdict.details());
         }
     }
     Ok(())
-}
-
-fn allow(rbac: &Rbac, attributes: &Attributes<'_>) -> Result<(), Refusal> {
-    let verdict = rbac.check(attributes);
-    if verdict.allowed { Ok(()) } else { Err(Refusal::Denied(verdict.details())) }
 }
 
 impl Conn {
@@ -216,7 +265,38 @@ impl Conn {
 
     /// Whether the application behind us is the one asked for.
     pub(super) fn is_inbound(&self) -> bool {
-        self.listener.direction == proxy_config::model::Direction::Inbound
+        self.listener.direction == Direction::Inbound
+    }
+
+    /// Which side we are in metrics.
+    pub(super) fn reporter(&self) -> Reporter {
+        if self.is_inbound() { Reporter::Destination } else { Reporter::Source }
+    }
+
+    /// URI names of our workload certificate.
+    pub(super) fn local_uris(&self) -> Vec<String> {
+        let view = self.env.view();
+        let Some(identity) = view.snap.secrets().identity(WORKLOAD) else { return Vec::new() };
+        let names = identity.info.first().map(|leaf| &leaf.sans[..]).unwrap_or_default();
+        names.iter().filter(|name| name.contains("://")).cloned().collect()
+    }
+
+    /// A log record with what the connection knows.
+    pub(super) fn record(&self, kind: RecordKind, start: SystemTime, duration: Duration) -> Record<'_> {
+        let mut record = Record::new(kind, start, duration);
+        record.downstream_remote = Some(self.peer);
+        record.downstream_direct_remote = Some(self.peer);
+        record.downstream_local = Some(self.destination);
+        record.sni = self.sni.as_deref().unwrap_or_default();
+        record.filter_chain = &self.chain.name;
+        record.connection_id = self.id;
+        if let Some(peer) = &self.tls {
+            record.peer_uri = peer.uri_sans.first().map_or("", String::as_str);
+            record.peer_subject = &peer.subject;
+            record.tls_version = peer.tls_version;
+            record.tls_cipher = &peer.cipher;
+        }
+        record
     }
 }
 

@@ -12,24 +12,40 @@
 
 mod body;
 mod conn;
+mod cors;
+mod ctx;
+mod expiry;
+mod filters;
+mod hash;
 mod head;
 mod headers;
+mod http;
+mod limits;
+mod mirror;
+mod ops;
 mod path;
 mod reply;
+mod request;
 mod request_id;
 mod tcp;
+mod upgrade;
+mod vars;
 mod xfcc;
+
+#[cfg(test)]
+mod tests;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use http::HeaderValue;
+use ::http::HeaderValue;
 use tokio::sync::watch;
 
 use crate::drain::Watch;
 use crate::net::Stream;
 use crate::snapshot::{Listener, Terminal};
+use crate::telemetry::{LogSink, NodeLabels, Shard, Telemetry};
 use crate::upstream::View;
 
 /// What an [`Env`] is made of.
@@ -63,7 +79,12 @@ pub struct Env {
     view: watch::Sender<Arc<View>>,
     drain: Watch,
     node: Node,
+    shard: Arc<Shard>,
+    log: Option<LogSink>,
+    /// Host of HTTP/1.0 requests that name none.
+    default_host: HeaderValue,
     connections: AtomicU64,
+    denials: filters::Throttle,
 }
 
 impl Env {
@@ -73,9 +94,28 @@ impl Env {
             worker: settings.worker,
             view: watch::Sender::new(settings.view),
             drain: settings.drain,
+            default_host: HeaderValue::from_str(&settings.node.hostname)
+                .unwrap_or(HeaderValue::from_static("localhost")),
             node: settings.node,
+            shard: Telemetry::new(NodeLabels::default()).shard(),
+            log: None,
             connections: AtomicU64::new(0),
+            denials: filters::Throttle::default(),
         }
+    }
+
+    /// Where this worker counts and logs; without it, counts are not shown and nothing is logged.
+    #[must_use]
+    pub fn with_telemetry(self, shard: Arc<Shard>, log: LogSink) -> Self {
+        Self { shard, log: Some(log), ..self }
+    }
+
+    pub(crate) fn shard(&self) -> &Shard {
+        &self.shard
+    }
+
+    pub(crate) fn log(&self) -> Option<&LogSink> {
+        self.log.as_ref()
     }
 
     /// The current configuration.
@@ -121,7 +161,11 @@ pub async fn serve(
     let Some((stream, conn)) = conn::open(stream, arrival).await else { return };
     match &conn.chain.terminal {
         Terminal::Tcp(chain) => tcp::serve(stream, &conn, chain).await,
-        Terminal::Http(_) => {}
+        Terminal::Http(chain) => {
+            let chain = Arc::clone(chain);
+            http::serve(stream, conn, chain).await;
+        }
+        // Refused when the connection was opened.
         Terminal::Refuse(_) => {}
     }
 }

@@ -1,55 +1,72 @@
 //! Bytes: one connection here, one there, and what goes between them.
 
-use std::hash::Hasher;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use proxy_config::model::TransportProtocol;
 use tokio::time::sleep;
-use twox_hash::XxHash64;
 
-use super::conn::Conn;
+use super::conn::{Conn, check_policy};
+use super::ctx::{local_principal, peer_principal, service};
 use crate::drain::Phase;
+use crate::error::{Error, Flags, Kind};
 use crate::net::{Stream, copy};
-use crate::snapshot::TcpChain;
-use crate::upstream::{self, TcpCall, Trace, View};
+use crate::snapshot::{ChainInput, TcpChain};
+use crate::telemetry::{Labels, Protocol, RecordKind, TcpReport};
+use crate::upstream::{self, ClusterLocal, TcpCall, TcpUpstream, Trace, View};
 
 /// Tries until an upstream connection stands, as Envoy's default.
 const CONNECT_ATTEMPTS: u32 = 1;
 
 /// Relays a connection to its end.
 pub(super) async fn serve(mut client: Stream, conn: &Arc<Conn>, chain: &TcpChain) {
-    let view = conn.env.view();
-    let mut trace = Trace::default();
-    let Some(mut upstream) = connect(&view, conn, chain, &mut trace).await else { return };
-    drop(view);
-    let counters = copy::Counters::default();
-    let relay = copy::both(&mut client, &mut upstream.stream, &counters, chain.idle_timeout);
+    let mut account = Account::open(conn, chain);
+    let upstream = {
+        let view = conn.env.view();
+        connect(&view, conn, chain, &mut account).await
+    };
+    let mut upstream = match upstream {
+        Ok(upstream) => upstream,
+        Err(error) => {
+            account.failed(&error);
+            client.reset_on_drop();
+            return;
+        }
+    };
+    account.connected(&upstream);
+    let relay = copy::both(&mut client, &mut upstream.stream, &account.counters, chain.idle_timeout);
     let mut drain = conn.env.drain.clone();
-    tokio::select! {
-        _ = relay => {}
-        () = limit(chain.max_duration) => {}
-        () = drain.reached(Phase::Gone) => {}
-        () = denied(conn) => client.reset_on_drop(),
-    }
+    let outcome = tokio::select! {
+        end = relay => Outcome::Ended(end),
+        () = limit(chain.max_duration) => Outcome::TooOld,
+        () = drain.reached(Phase::Gone) => Outcome::Left,
+        details = denied(conn) => Outcome::Denied(details),
+    };
+    account.ended(outcome);
 }
 
-async fn connect(view: &View, conn: &Conn, chain: &TcpChain, trace: &mut Trace) -> Option<upstream::TcpUpstream> {
-    let cluster = chain.clusters.pick(fastrand::u64(..))?;
-    let id = view.snap.resolve(cluster)?;
+/// How a relay ended.
+enum Outcome {
+    Ended(copy::End),
+    TooOld,
+    Left,
+    Denied(String),
+}
+
+async fn connect(view: &View, conn: &Conn, chain: &TcpChain, account: &mut Account<'_>) -> Result<TcpUpstream, Error> {
+    let cluster = chain.clusters.pick(fastrand::u64(..)).ok_or_else(|| Error::local(Kind::NoCluster))?;
+    let id = view.snap.resolve(cluster).ok_or_else(|| Error::local(Kind::NoCluster))?;
+    let cluster = view.cluster(id);
+    account.cluster = Some(Arc::clone(cluster));
     let call = TcpCall {
-        cluster: view.cluster(id),
+        cluster,
         max_connect_attempts: CONNECT_ATTEMPTS,
-        hash: chain.hash_source_ip.then(|| hash_ip(conn)),
+        hash: chain.hash_source_ip.then(|| upstream::xx_hash(conn.peer.ip().to_string().as_bytes())),
         original_dst: Some(conn.destination),
         client: Some((conn.peer, conn.destination)),
     };
-    upstream::connect_tcp(&call, trace).await.ok()
-}
-
-fn hash_ip(conn: &Conn) -> u64 {
-    let mut hasher = XxHash64::with_seed(0);
-    hasher.write(conn.peer.ip().to_string().as_bytes());
-    hasher.finish()
+    upstream::connect_tcp(&call, &mut account.trace).await
 }
 
 async fn limit(duration: Option<Duration>) {
@@ -59,9 +76,141 @@ async fn limit(duration: Option<Duration>) {
     }
 }
 
-/// Ends when policy no longer lets this connection be.
-async fn denied(conn: &Conn) {
+/// Ends when policy no longer lets this connection be, with the details. Only policy closes a connection: other changes
+/// of its chain are for new connections.
+async fn denied(conn: &Conn) -> String {
     let mut views = conn.env.view.subscribe();
-    while views.changed().await.is_ok() {}
+    // What changed before we listened was not judged yet.
+    views.mark_changed();
+    while views.changed().await.is_ok() {
+        let view = Arc::clone(&views.borrow_and_update());
+        if let Some(details) = judge(&view, conn) {
+            return details;
+        }
+    }
     std::future::pending().await
+}
+
+/// The chain that would take this connection now, and what its policy says.
+fn judge(view: &View, conn: &Conn) -> Option<String> {
+    let listener = view.snap.listeners().iter().find(|listener| listener.name == conn.listener.name)?;
+    if Arc::ptr_eq(listener, &conn.listener) {
+        return None;
+    }
+    let chain = listener.chain(&ChainInput {
+        dst: conn.destination,
+        src: conn.peer,
+        sni: conn.sni.as_deref(),
+        transport: if conn.client_tls { TransportProtocol::Tls } else { TransportProtocol::RawBuffer },
+        alpn: &conn.alpn,
+    })?;
+    if Arc::ptr_eq(chain, &conn.chain) {
+        return None;
+    }
+    check_policy(chain, &conn.attributes()).err()
+}
+
+/// What a connection counts and logs, settled when it is dropped.
+struct Account<'a> {
+    conn: &'a Conn,
+    chain: &'a TcpChain,
+    cluster: Option<Arc<ClusterLocal>>,
+    trace: Trace,
+    counters: copy::Counters,
+    report: Option<TcpReport>,
+    upstream_host: Option<SocketAddr>,
+    flags: Flags,
+    details: String,
+    settled: bool,
+}
+
+impl<'a> Account<'a> {
+    fn open(conn: &'a Conn, chain: &'a TcpChain) -> Self {
+        let metrics = conn.env.shard().tcp(&chain.stat_prefix);
+        metrics.cx_total.inc();
+        Self {
+            conn,
+            chain,
+            cluster: None,
+            trace: Trace::default(),
+            counters: copy::Counters::default(),
+            report: None,
+            upstream_host: None,
+            flags: Flags::NONE,
+            details: String::new(),
+            settled: false,
+        }
+    }
+
+    fn connected(&mut self, upstream: &TcpUpstream) {
+        self.upstream_host = Some(upstream.host.address);
+        self.report = Some(self.conn.env.shard().open_tcp(&self.labels()));
+    }
+
+    fn failed(&mut self, error: &Error) {
+        tracing::debug!(peer = %self.conn.peer, %error, "upstream connection failed");
+        self.flags.insert(error.kind.row().flag);
+        if self.report.is_none() {
+            // A refused connection is one that was opened and closed.
+            self.report = Some(self.conn.env.shard().open_tcp(&self.labels()));
+        }
+        self.settled = true;
+    }
+
+    fn ended(&mut self, outcome: Outcome) {
+        self.settled = true;
+        match outcome {
+            Outcome::Denied(details) => self.details = details,
+            Outcome::TooOld => self.flags.insert(Flags::DT),
+            Outcome::Ended(copy::End::Upstream(_)) => self.flags.insert(Flags::UC),
+            Outcome::Ended(copy::End::Client(_)) => self.flags.insert(Flags::DC),
+            Outcome::Ended(copy::End::Idle | copy::End::Done) | Outcome::Left => {}
+        }
+    }
+
+    fn labels(&self) -> Labels<'_> {
+        Labels {
+            reporter: self.conn.reporter(),
+            protocol: Protocol::Tcp,
+            service: self.cluster.as_ref().and_then(service),
+            cluster: self.cluster_name(),
+            authority: "",
+            workload: self.trace.host.as_ref().map_or("", |host| &host.workload),
+            local_principal: local_principal(self.conn, &[], &self.trace),
+            peer_principal: peer_principal(self.conn, &self.trace),
+            code: 0,
+            grpc_status: None,
+            flags: self.flags | self.trace.flags,
+        }
+    }
+
+    fn cluster_name(&self) -> &str {
+        self.cluster.as_ref().map_or("", |cluster| &cluster.shared.name)
+    }
+}
+
+impl Drop for Account<'_> {
+    fn drop(&mut self) {
+        self.flags.insert(self.trace.flags);
+        if !self.settled {
+            self.flags.insert(Flags::DC);
+        }
+        let sent = *self.counters.received.get_mut();
+        let received = *self.counters.sent.get_mut();
+        if let Some(report) = self.report.take() {
+            report.bytes(sent, received);
+        }
+        let Some(sink) = self.conn.env.log().filter(|sink| sink.wants(&self.chain.access_log)) else { return };
+        let mut record = self.conn.record(RecordKind::Tcp, self.conn.started, self.conn.start.elapsed());
+        record.flags = self.flags;
+        record.termination_details = &self.details;
+        record.transport_failure = self.trace.transport_failure.as_deref().unwrap_or_default();
+        record.bytes_sent = sent;
+        record.bytes_received = received;
+        record.upstream_cluster = self.cluster_name();
+        record.upstream_host = self.upstream_host.or(self.trace.host.as_ref().map(|host| host.address));
+        record.upstream_local = self.trace.upstream_local;
+        record.attempts = self.trace.attempts;
+        sink.log(&record, &self.chain.access_log);
+    }
 }

@@ -1,0 +1,289 @@
+//! The account of one request: begun with it, settled exactly once when it is dropped, however it ended.
+
+use std::borrow::Cow;
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use http::header::{HeaderMap, HeaderName, HeaderValue};
+use http::uri::{PathAndQuery, Scheme};
+use http::{Method, StatusCode, Version};
+use tokio::time::Instant;
+
+use super::conn::Conn;
+use super::head::Head;
+use super::http::HttpConn;
+use super::vars::protocol;
+use crate::error::{Error, Flags};
+use crate::snapshot::Name;
+use crate::telemetry::{Captured, Headers, Labels, Protocol, Record, RecordKind, Reporter, Service, Sizes};
+use crate::upstream::{ClusterLocal, Progress, Trace};
+
+const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
+
+/// One request.
+pub(super) struct Ctx {
+    pub(super) http: Arc<HttpConn>,
+    pub(super) start: Instant,
+    pub(super) started: SystemTime,
+    method: Method,
+    version: Version,
+    scheme: Scheme,
+    authority: HeaderValue,
+    path: PathAndQuery,
+    /// Before a rewrite.
+    original_path: Option<PathAndQuery>,
+    pub(super) grpc: bool,
+    request_head_bytes: usize,
+    request_headers: Captured,
+    /// The client after x-forwarded-for.
+    pub(super) remote: IpAddr,
+    /// Of a streamed request body.
+    pub(super) progress: Option<Arc<Progress>>,
+    /// 0: no response yet.
+    pub(super) code: u16,
+    pub(super) flags: Flags,
+    pub(super) details: Cow<'static, str>,
+    pub(super) policy: Option<Name>,
+    pub(super) route: Option<Name>,
+    pub(super) vhost: Option<Name>,
+    pub(super) cluster: Option<Arc<ClusterLocal>>,
+    /// Its name, when there is no such cluster.
+    pub(super) missing_cluster: Option<Name>,
+    pub(super) trace: Trace,
+    response_head_bytes: usize,
+    response_headers: Captured,
+    grpc_status: Option<u32>,
+    /// Body bytes given to the client.
+    pub(super) sent: u64,
+    complete: bool,
+}
+
+impl Ctx {
+    /// Opens the account.
+    pub(super) fn begin(http: &Arc<HttpConn>, head: &Head, progress: Option<Arc<Progress>>) -> Box<Self> {
+        http.request_begins(head.version);
+        Box::new(Self {
+            start: Instant::now(),
+            started: SystemTime::now(),
+            method: head.method.clone(),
+            version: head.version,
+            scheme: head.scheme.clone(),
+            authority: head.authority.clone(),
+            path: head.path.clone(),
+            original_path: None,
+            grpc: head.is_grpc(),
+            request_head_bytes: bytes_of(&head.headers),
+            request_headers: http.logs.capture_request(&head.headers),
+            remote: http.conn.peer.ip(),
+            progress,
+            code: 0,
+            flags: Flags::NONE,
+            details: Cow::Borrowed(""),
+            policy: None,
+            route: None,
+            vhost: None,
+            cluster: None,
+            missing_cluster: None,
+            trace: Trace::default(),
+            response_head_bytes: 0,
+            response_headers: Captured::new(),
+            grpc_status: None,
+            sent: 0,
+            complete: false,
+            http: Arc::clone(http),
+        })
+    }
+
+    /// The head as filters see it: its path is normalised, its id made.
+    pub(super) fn arrived(&mut self, head: &Head, remote: IpAddr) {
+        self.remote = remote;
+        self.path = head.path.clone();
+        self.request_headers = self.http.logs.capture_request(&head.headers);
+    }
+
+    /// The head as it goes upstream.
+    pub(super) fn sent_upstream(&mut self, head: &Head) {
+        if head.path != self.path {
+            self.original_path = Some(std::mem::replace(&mut self.path, head.path.clone()));
+        }
+        if head.authority != self.authority {
+            self.authority = head.authority.clone();
+        }
+    }
+
+    /// The response head as it goes to the client.
+    pub(super) fn answered(&mut self, status: StatusCode, headers: &HeaderMap) {
+        self.code = status.as_u16();
+        self.response_head_bytes = bytes_of(headers);
+        self.response_headers = self.http.logs.capture_response(headers);
+        if self.grpc {
+            self.note_grpc_status(headers);
+        }
+    }
+
+    /// Trailers, or the head of a trailers-only response.
+    pub(super) fn note_grpc_status(&mut self, headers: &HeaderMap) {
+        let status = headers.get(GRPC_STATUS).and_then(|v| v.to_str().ok()).and_then(|v| v.parse().ok());
+        self.grpc_status = status.or(self.grpc_status);
+    }
+
+    /// The response has been given to the client whole.
+    pub(super) fn complete(&mut self) {
+        self.complete = true;
+    }
+
+    /// The response broke off on our side of the client.
+    pub(super) fn failed(&mut self, error: &Error) {
+        self.complete = true;
+        self.flags.insert(error.kind.row().flag);
+        self.details = Cow::Owned(error.details().replace("before_response_started", "after_response_started"));
+    }
+
+    /// Whether the client speaks HTTP/1.
+    pub(super) fn is_http1(&self) -> bool {
+        self.version != Version::HTTP_2
+    }
+
+    /// Whether the client still sends its request.
+    pub(super) fn request_unfinished(&self) -> bool {
+        self.progress.as_ref().is_some_and(|progress| !progress.ended())
+    }
+
+    /// Name of the cluster, there or not.
+    pub(super) fn cluster_name(&self) -> &str {
+        let there = self.cluster.as_ref().map(|cluster| &*cluster.shared.name);
+        there.or(self.missing_cluster.as_deref()).unwrap_or_default()
+    }
+
+    fn settle(&mut self) {
+        if !self.complete {
+            self.flags.insert(Flags::DC);
+            if self.details.is_empty() || self.details == "via_upstream" {
+                self.details = Cow::Borrowed("downstream_remote_disconnect");
+            }
+        }
+        self.flags.insert(self.trace.flags);
+        let duration = self.start.elapsed();
+        self.count(duration);
+        let env = &self.http.conn.env;
+        if let Some(sink) = env.log().filter(|sink| sink.wants(&self.http.logs)) {
+            sink.log(&self.record(duration), &self.http.logs);
+        }
+        self.http.request_ends();
+    }
+
+    fn count(&self, duration: Duration) {
+        let metrics = &self.http.metrics;
+        metrics.rq_completed.inc();
+        match self.code {
+            100..200 => metrics.rq_1xx.inc(),
+            200..300 => metrics.rq_2xx.inc(),
+            300..400 => metrics.rq_3xx.inc(),
+            400..500 => metrics.rq_4xx.inc(),
+            500.. => metrics.rq_5xx.inc(),
+            _ => metrics.rq_rx_reset.inc(),
+        }
+        metrics.rq_time.record(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX));
+        if self.http.counts_requests {
+            let received = self.progress.as_ref().map_or(0, |p| p.bytes());
+            let sizes = Sizes {
+                duration,
+                request_bytes: self.request_head_bytes as u64 + received,
+                response_bytes: self.response_head_bytes as u64 + self.sent,
+            };
+            self.http.conn.env.shard().record_request(&self.labels(), sizes);
+        }
+    }
+
+    fn labels(&self) -> Labels<'_> {
+        let conn = &self.http.conn;
+        Labels {
+            reporter: conn.reporter(),
+            protocol: if self.grpc { Protocol::Grpc } else { Protocol::Http },
+            service: self.cluster.as_ref().and_then(service),
+            cluster: self.cluster_name(),
+            authority: self.authority.to_str().unwrap_or_default(),
+            workload: self.trace.host.as_ref().map_or("", |host| &host.workload),
+            local_principal: local_principal(conn, &self.http.local_uris, &self.trace),
+            peer_principal: peer_principal(conn, &self.trace),
+            code: self.code,
+            grpc_status: self.grpc_status,
+            flags: self.flags,
+        }
+    }
+
+    fn record(&self, duration: Duration) -> Record<'_> {
+        let conn = &self.http.conn;
+        let since = |at: Option<Instant>| at.map(|at| at - self.start);
+        let trace = &self.trace;
+        let mut record = conn.record(RecordKind::Http, self.started, duration);
+        record.request_duration = if self.request_unfinished() { None } else { Some(Duration::ZERO) };
+        record.response_duration = since(trace.first_byte);
+        record.upstream_service_time =
+            trace.first_byte.zip(trace.ready).map(|(first_byte, ready)| first_byte.saturating_duration_since(ready));
+        record.method = self.method.as_str();
+        record.path = self.path.as_str();
+        record.original_path = self.original_path.as_ref().map_or("", |path| path.as_str());
+        record.scheme = self.scheme.as_str();
+        record.authority = self.authority.to_str().unwrap_or_default();
+        record.protocol = protocol(self.version);
+        record.request_headers = Headers::Captured(&self.request_headers);
+        record.response_headers = Headers::Captured(&self.response_headers);
+        record.code = self.code;
+        record.grpc_status = self.grpc_status;
+        record.flags = self.flags;
+        record.details = &self.details;
+        record.transport_failure = trace.transport_failure.as_deref().unwrap_or_default();
+        record.policy = self.policy.as_deref().unwrap_or_default();
+        record.bytes_received = self.progress.as_ref().map_or(0, |p| p.bytes());
+        record.bytes_sent = self.sent;
+        record.upstream_cluster = self.cluster_name();
+        record.upstream_host = trace.host.as_ref().map(|host| host.address);
+        record.upstream_local = trace.upstream_local;
+        record.attempts = trace.attempts;
+        record.downstream_remote = Some(match conn.peer.ip() == self.remote {
+            true => conn.peer,
+            false => SocketAddr::new(self.remote, 0),
+        });
+        record.route = self.route.as_deref().unwrap_or_default();
+        record.virtual_host = self.vhost.as_deref().unwrap_or_default();
+        record.local_uri = self.http.local_uris.first().map_or("", String::as_str);
+        record
+    }
+}
+
+impl Drop for Ctx {
+    fn drop(&mut self) {
+        self.settle();
+    }
+}
+
+/// The service that a cluster stands for.
+pub(super) fn service(cluster: &Arc<ClusterLocal>) -> Option<Service<'_>> {
+    let (host, name, namespace) = cluster.shared.config.istio.services.first()?;
+    Some(Service { host, name, namespace })
+}
+
+/// Our identity on the connection that labels speak of: the client's side outbound, ours inbound.
+pub(super) fn local_principal<'a>(conn: &Conn, local: &'a [String], trace: &Trace) -> &'a str {
+    let authenticated = match conn.reporter() {
+        Reporter::Source => trace.peer.is_some(),
+        Reporter::Destination => conn.tls.as_ref().is_some_and(|peer| peer.has_certificate()),
+    };
+    if authenticated { local.first().map_or("", String::as_str) } else { "" }
+}
+
+/// The identity of the other side.
+pub(super) fn peer_principal<'a>(conn: &'a Conn, trace: &'a Trace) -> &'a str {
+    let peer = match conn.reporter() {
+        Reporter::Source => trace.peer.as_deref(),
+        Reporter::Destination => conn.tls.as_deref(),
+    };
+    peer.and_then(|peer| peer.uri_sans.first()).map_or("", String::as_str)
+}
+
+fn bytes_of(headers: &HeaderMap) -> usize {
+    // Name, value, colon, blank and line end.
+    headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum()
+}

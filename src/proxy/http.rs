@@ -1,0 +1,295 @@
+//! One client connection that speaks HTTP: codec, limits, goodbye.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use crossbeam_utils::CachePadded;
+use http::{HeaderValue, Version};
+use hyper::server::conn::{http1, http2};
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::time::{Instant, sleep_until, timeout};
+
+use super::conn::Conn;
+use super::head::Accepts;
+use super::headers::Origin;
+use super::{request, xfcc};
+use crate::drain::{Phase, Watch};
+use crate::error::{Flags, Kind};
+use crate::net::Stream;
+use crate::net::sniff::{Codec, read_codec};
+use crate::snapshot::{HttpChain, HttpFilter, HttpOptions};
+use crate::telemetry::{AccessLogs, HttpMetrics, RecordKind};
+
+/// Header lines of a request, as Envoy's default.
+const MAX_HEADERS: usize = 100;
+/// Streams of one HTTP/2 connection at a time, as Envoy's default.
+const MAX_STREAMS: u32 = 1024;
+/// Credit of a stream: enough for 10 Gbit/s at 200 µs, and what one slow reader may make us hold.
+const STREAM_WINDOW: u32 = 256 * 1024;
+/// Credit of a connection: several busy streams.
+const CONNECTION_WINDOW: u32 = 1024 * 1024;
+
+/// A connection and what its requests share.
+pub(super) struct HttpConn {
+    pub(super) conn: Arc<Conn>,
+    pub(super) chain: Arc<HttpChain>,
+    /// Our XFCC element about this client.
+    pub(super) xfcc: Option<HeaderValue>,
+    /// URI names of our certificate.
+    pub(super) local_uris: Vec<String>,
+    pub(super) metrics: Arc<CachePadded<HttpMetrics>>,
+    pub(super) logs: Arc<AccessLogs>,
+    /// `istio.stats` is among the filters.
+    pub(super) counts_requests: bool,
+    requests: AtomicU32,
+    active: AtomicU32,
+    /// When the last request ended, milliseconds after the connection began.
+    last_end: AtomicU64,
+}
+
+/// Why a connection is asked to end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Goodbye {
+    Leaving,
+    Idle,
+    Old,
+}
+
+impl HttpConn {
+    fn new(conn: Arc<Conn>, chain: Arc<HttpChain>) -> Arc<Self> {
+        let env = &conn.env;
+        let metrics = env.shard().http(&chain.options.stat_prefix);
+        metrics.cx_total.inc();
+        metrics.cx_active.inc();
+        if conn.tls.is_some() {
+            metrics.cx_ssl_total.inc();
+        }
+        let local_uris = conn.local_uris();
+        Arc::new(Self {
+            xfcc: xfcc::element(conn.tls.as_deref(), &local_uris, chain.options.client_cert_details),
+            logs: Arc::clone(&chain.options.access_log),
+            counts_requests: chain.filters.iter().any(|filter| matches!(filter, HttpFilter::Stats)),
+            metrics,
+            local_uris,
+            requests: AtomicU32::new(0),
+            active: AtomicU32::new(0),
+            last_end: AtomicU64::new(0),
+            conn,
+            chain,
+        })
+    }
+
+    pub(super) fn accepts(&self) -> Accepts<'_> {
+        Accepts {
+            http_10: self.chain.options.accept_http_10,
+            tls: self.conn.tls.is_some(),
+            default_host: &self.conn.env.default_host,
+        }
+    }
+
+    pub(super) fn origin(&self) -> Origin<'_> {
+        Origin {
+            peer: self.conn.peer,
+            destination: self.conn.destination,
+            tls: self.conn.tls.is_some(),
+            xfcc: self.xfcc.as_ref(),
+        }
+    }
+
+    pub(super) fn request_begins(&self, version: Version) {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        self.active.fetch_add(1, Ordering::Relaxed);
+        self.metrics.rq_total.inc();
+        self.metrics.rq_active.inc();
+        match version {
+            Version::HTTP_2 => self.metrics.rq_http2_total.inc(),
+            _ => self.metrics.rq_http1_total.inc(),
+        }
+    }
+
+    pub(super) fn request_ends(&self) {
+        self.metrics.rq_active.dec();
+        let since = u64::try_from(self.conn.start.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.last_end.store(since, Ordering::Relaxed);
+        self.active.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Whether the current request is the last one of its connection.
+    pub(super) fn is_last_request(&self) -> bool {
+        let used_up = self
+            .chain
+            .options
+            .max_requests_per_connection
+            .is_some_and(|max| self.requests.load(Ordering::Relaxed) >= max);
+        used_up || self.conn.env.drain.is_leaving()
+    }
+
+    /// When the connection will have been idle for too long, as far as can be told now.
+    fn idle_deadline(&self, limit: Duration) -> Instant {
+        if self.active.load(Ordering::Relaxed) > 0 {
+            return Instant::now() + limit;
+        }
+        self.conn.start + Duration::from_millis(self.last_end.load(Ordering::Relaxed)) + limit
+    }
+}
+
+impl Drop for HttpConn {
+    fn drop(&mut self) {
+        self.metrics.cx_active.dec();
+    }
+}
+
+/// Serves the connection to its end.
+pub(super) async fn serve(stream: Stream, conn: Arc<Conn>, chain: Arc<HttpChain>) {
+    let http = HttpConn::new(conn, chain);
+    let Some((codec, stream)) = codec(stream, &http).await else { return };
+    let service = {
+        let http = Arc::clone(&http);
+        service_fn(move |request| request::handle(Arc::clone(&http), request))
+    };
+    let io = TokioIo::new(stream);
+    let ended = match codec {
+        Codec::Http1 => {
+            http.metrics.cx_http1_total.inc();
+            let builder = http1(&http.chain.options, http.conn.eof);
+            let connection = Box::pin(builder.serve_connection(io, service).with_upgrades());
+            drive(connection, |connection| connection.graceful_shutdown(), &http).await
+        }
+        Codec::Http2 => {
+            http.metrics.cx_http2_total.inc();
+            let connection = Box::pin(http2(&http.chain.options).serve_connection(io, service));
+            drive(connection, |connection| connection.graceful_shutdown(), &http).await
+        }
+    };
+    if let Err(error) = ended {
+        note_error(&http, &error);
+    }
+}
+
+/// ALPN decides, else the first bytes do. A client that says nothing is idle.
+async fn codec(stream: Stream, http: &HttpConn) -> Option<(Codec, Stream)> {
+    match http.conn.tls.as_ref().and_then(|peer| peer.alpn.as_deref()) {
+        Some("h2") => return Some((Codec::Http2, stream)),
+        Some("http/1.1") => return Some((Codec::Http1, stream)),
+        _ => {}
+    }
+    let mut drain = http.conn.env.drain.clone();
+    let read = async {
+        match http.chain.options.idle_timeout {
+            Some(limit) => timeout(limit, read_codec(stream)).await.ok()?.ok(),
+            None => read_codec(stream).await.ok(),
+        }
+    };
+    tokio::select! {
+        read = read => read,
+        () = drain.reached(Phase::Closing) => None,
+    }
+}
+
+type Served = hyper::Result<()>;
+
+/// `eof`: the client had said everything before we looked.
+fn http1(options: &HttpOptions, eof: bool) -> http1::Builder {
+    let mut builder = http1::Builder::new();
+    builder
+        // Otherwise a client that closes its side has gone.
+        .half_close(eof)
+        .preserve_header_case(options.preserve_header_case)
+        .allow_multiple_spaces_in_request_line_delimiters(true)
+        .max_headers(MAX_HEADERS)
+        .max_header_size(options.max_request_headers as usize)
+        .header_read_timeout(options.request_headers_timeout);
+    if options.request_headers_timeout.is_some() {
+        builder.timer(TokioTimer::new());
+    }
+    builder
+}
+
+fn http2(options: &HttpOptions) -> http2::Builder<TokioExecutor> {
+    let said = options.http2.unwrap_or_default();
+    let mut builder = http2::Builder::new(TokioExecutor::new());
+    builder
+        .initial_stream_window_size(said.initial_stream_window_size.unwrap_or(STREAM_WINDOW))
+        .initial_connection_window_size(said.initial_connection_window_size.unwrap_or(CONNECTION_WINDOW))
+        .max_concurrent_streams(said.max_concurrent_streams.unwrap_or(MAX_STREAMS))
+        .max_header_list_size(options.max_request_headers);
+    if let Some(interval) = said.keepalive_interval {
+        builder.timer(TokioTimer::new()).keep_alive_interval(interval);
+        if let Some(limit) = said.keepalive_timeout {
+            builder.keep_alive_timeout(limit);
+        }
+    }
+    builder
+}
+
+/// Runs a connection until it ends, or until it has to and its grace is over.
+async fn drive<C>(mut connection: Pin<Box<C>>, say_goodbye: fn(Pin<&mut C>), http: &HttpConn) -> Served
+where
+    C: Future<Output = Served>,
+{
+    let mut drain = http.conn.env.drain.clone();
+    let goodbye = tokio::select! {
+        biased;
+        ended = connection.as_mut() => return ended,
+        goodbye = until_goodbye(http, &mut drain) => goodbye,
+    };
+    match goodbye {
+        Goodbye::Leaving => http.metrics.cx_drain_close.inc(),
+        Goodbye::Idle => http.metrics.cx_idle_timeout.inc(),
+        Goodbye::Old => http.metrics.cx_max_duration.inc(),
+    }
+    say_goodbye(connection.as_mut());
+    let grace = Instant::now() + http.chain.options.drain_timeout;
+    tokio::select! {
+        biased;
+        ended = connection.as_mut() => ended,
+        () = drain.reached(Phase::Gone) => Ok(()),
+        () = sleep_until(grace), if goodbye == Goodbye::Old => Ok(()),
+    }
+}
+
+/// Waits for a reason to end the connection.
+async fn until_goodbye(http: &HttpConn, drain: &mut Watch) -> Goodbye {
+    let options = &http.chain.options;
+    let oldest = options.max_connection_duration.map(|limit| http.conn.start + limit);
+    loop {
+        let idle = options.idle_timeout.map(|limit| http.idle_deadline(limit));
+        let Some(next) = [idle, oldest].into_iter().flatten().min() else {
+            drain.reached(Phase::Closing).await;
+            return Goodbye::Leaving;
+        };
+        tokio::select! {
+            () = drain.reached(Phase::Closing) => return Goodbye::Leaving,
+            () = sleep_until(next) => {}
+        }
+        let now = Instant::now();
+        if oldest.is_some_and(|oldest| oldest <= now) {
+            return Goodbye::Old;
+        }
+        if options.idle_timeout.is_some_and(|limit| http.idle_deadline(limit) <= now) {
+            return Goodbye::Idle;
+        }
+    }
+}
+
+/// A connection that broke before a request of it was understood has nobody else to tell of it.
+fn note_error(http: &HttpConn, error: &hyper::Error) {
+    tracing::debug!(peer = %http.conn.peer, %error, "client connection failed");
+    if !error.is_parse() {
+        return;
+    }
+    http.metrics.cx_protocol_error.inc();
+    let Some(sink) = http.conn.env.log().filter(|sink| sink.wants(&http.logs)) else { return };
+    let mut record = http.conn.record(RecordKind::Http, http.conn.started, http.conn.start.elapsed());
+    record.flags = Flags::DPE;
+    record.details = Kind::DownstreamProtocol.row().details;
+    record.code = if error.is_parse_too_large() { 431 } else { 400 };
+    if error.is_parse_too_large() {
+        record.details = "http1.headers_too_large";
+    }
+    record.protocol = "HTTP/1.1";
+    sink.log(&record, &http.logs);
+}

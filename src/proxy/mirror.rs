@@ -1,0 +1,71 @@
+//! Copies of requests for another cluster; nobody waits for their answers.
+
+use http::HeaderValue;
+
+use super::head::Head;
+use super::headers;
+use super::http::HttpConn;
+use super::request::{copy_of, parts_of};
+use crate::snapshot::action::Forward;
+use crate::upstream::{self, Body, Call, Trace, View};
+
+/// Sends what the route mirrors and gives the body back for the request itself.
+pub(super) fn send(http: &HttpConn, view: &View, forward: &Forward, head: &Head, body: Body) -> Body {
+    for (cluster, mirror) in &forward.mirrors {
+        if fastrand::u32(..1_000_000) >= mirror.millionths {
+            continue;
+        }
+        let Some(id) = view.snap.resolve(cluster) else { continue };
+        let mut copy = copy_of(head);
+        if mirror.shadow_suffix {
+            add_suffix(&mut copy);
+        }
+        copy.headers.insert(headers::INTERNAL, HeaderValue::from_static("true"));
+        headers::append_forwarded_for(&mut copy.headers, http.conn.local.ip());
+        let cluster = view.cluster(id).clone();
+        let (scheme, version, timeout) = (copy.scheme.clone(), copy.version, forward.timeout);
+        let destination = http.conn.destination;
+        // Nothing of the request waits for it: it ends by its own limits, or with the worker.
+        tokio::spawn(async move {
+            let call = Call {
+                timeout,
+                scheme,
+                downstream_version: version,
+                original_dst: Some(destination),
+                ..Call::new(&cluster)
+            };
+            let sent = upstream::send(&call, parts_of(copy), Body::empty(), &mut Trace::default()).await;
+            if let Err(error) = sent {
+                tracing::debug!(cluster = %call.cluster.shared.name, %error, "mirrored request failed");
+            }
+        });
+    }
+    body
+}
+
+/// The host with `-shadow`, in front of its port.
+fn add_suffix(head: &mut Head) {
+    let text = head.authority();
+    let (host, port) = match text.rfind(':') {
+        Some(at) if !text[at..].contains(']') => text.split_at(at),
+        _ => (text, ""),
+    };
+    if let Ok(shadow) = HeaderValue::try_from(format!("{host}-shadow{port}")) {
+        head.authority = shadow;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::head::tests::head;
+    use super::*;
+
+    #[test]
+    fn shadow_hosts() {
+        for (host, expected) in [("a", "a-shadow"), ("a:80", "a-shadow:80"), ("[::1]", "[::1]-shadow")] {
+            let mut head = head("GET", "/", &[("host", host)]);
+            add_suffix(&mut head);
+            assert_eq!(head.authority, expected);
+        }
+    }
+}

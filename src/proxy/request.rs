@@ -1,0 +1,503 @@
+//! One request, from its head to the response's: the script of the proxy.
+
+use std::borrow::Cow;
+use std::future::poll_fn;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use http::header::{CONNECTION, HOST, HeaderMap, HeaderName, HeaderValue, LOCATION, SET_COOKIE};
+use http::{Request, Response, StatusCode, Version};
+use hyper::body::Incoming;
+use hyper::upgrade::OnUpgrade;
+use tokio::time::sleep;
+
+use super::body::Body;
+use super::ctx::Ctx;
+use super::expiry::Expiry;
+use super::filters::{self, Passed};
+use super::hash;
+use super::head::Head;
+use super::headers::{self, Upgrade};
+use super::http::HttpConn;
+use super::limits::Limits;
+use super::path::{self, Outcome, Rules};
+use super::reply::Reply;
+use super::upgrade::{self, Switch};
+use super::vars::{self, Facts};
+use super::{mirror, ops};
+use crate::error::{Error, Flags, Kind};
+use crate::snapshot::action::{Action, Forward, HostRewrite};
+use crate::snapshot::{Found, Route, route};
+use crate::upstream::{self, Call, ClusterLocal, View};
+
+const PEER_METADATA: HeaderName = HeaderName::from_static("x-envoy-peer-metadata");
+const PEER_METADATA_ID: HeaderName = HeaderName::from_static("x-envoy-peer-metadata-id");
+
+/// Answers a request. An error ends the connection (HTTP/2: the stream) without an answer.
+pub(super) async fn handle(http: Arc<HttpConn>, request: Request<Incoming>) -> Result<Response<Body>, Error> {
+    let (parts, incoming) = request.into_parts();
+    let body = upstream::Body::from_client(incoming);
+    let (head, checked) = Head::new(parts, http.accepts());
+    let mut ctx = Ctx::begin(&http, &head, body.progress().cloned());
+    let decorator = None;
+    let mut script = Script { http: &http, ctx: &mut ctx, decorator };
+    let outcome = match checked {
+        Ok(()) => script.run(head, body).await,
+        Err(why) => Err(Box::new(Reply::of_malformed(why))),
+    };
+    let decorator = script.decorator;
+    Ok(match outcome {
+        Ok(answered) => answered.write(ctx, decorator),
+        Err(reply) => write_reply(*reply, ctx, decorator),
+    })
+}
+
+/// A request under way.
+struct Script<'a> {
+    http: &'a Arc<HttpConn>,
+    ctx: &'a mut Ctx,
+    /// `x-envoy-decorator-operation` of the response.
+    decorator: Option<HeaderValue>,
+}
+
+/// A response of the upstream, ready but for its account.
+struct Answered {
+    head: http::response::Parts,
+    body: upstream::AnswerBody,
+    expiry: Option<Box<Expiry>>,
+    switch: Option<(OnUpgrade, OnUpgrade, Option<Duration>)>,
+}
+
+/// A route that forwards, with where to.
+#[derive(Clone, Copy)]
+struct Target<'a> {
+    found: &'a Found<'a>,
+    forward: &'a Forward,
+    cluster: &'a Arc<ClusterLocal>,
+    view: &'a View,
+}
+
+impl Script<'_> {
+    async fn run(&mut self, mut head: Head, body: upstream::Body) -> Result<Answered, Box<Reply>> {
+        let options = &self.http.chain.options;
+        normalise(&mut head, self.http)?;
+        let arrived = headers::on_request(&mut head, options, self.http.origin(), || fastrand::u128(..))
+            .map_err(|_| Box::new(Reply::of_malformed(super::head::Malformed::Codec)))?;
+        self.ctx.arrived(&head, arrived.remote);
+        if arrived.upgrade == Upgrade::Refused {
+            return Err(Box::new(Reply { close: true, ..Reply::new(403, "upgrade_failed", "") }));
+        }
+        if let Some(why) = &self.http.conn.chain.unusable {
+            return Err(Box::new(filters::unusable(self.http, why)));
+        }
+        let view = self.http.conn.env.view();
+        let table = view.snap.route_table(&self.http.chain);
+        let found = table.and_then(|table| route::find(table, &head.view(), fastrand::u64(..)).ok());
+        if let Some(found) = &found {
+            self.note_route(found, &mut head);
+        }
+        let decision = filters::run(self.http, &head, found.as_ref().map(|f| f.route), self.ctx);
+        if let Some(delay) = decision.delay {
+            Box::pin(sleep(delay)).await;
+        }
+        let passed = decision.outcome?;
+        let Some(found) = found else {
+            self.http.metrics.no_route.inc();
+            return Err(Box::new(Reply::of(Kind::NoRoute)));
+        };
+        let Some(forward) = self.answer_or_forward(&found, &head)? else {
+            return Err(Box::new(Reply::of(Kind::Internal)));
+        };
+        let cluster = self.cluster(&found, forward, &view)?;
+        let target = Target { found: &found, forward, cluster: &cluster, view: &view };
+        self.forward(head, body, target, passed, arrived.upgrade == Upgrade::Allowed).await
+    }
+
+    /// Names for the log; the operation for tracing goes with the request outbound, with the response inbound.
+    fn note_route(&mut self, found: &Found<'_>, head: &mut Head) {
+        self.ctx.route = Some(Arc::clone(&found.route.name));
+        self.ctx.vhost = Some(Arc::clone(&found.vhost.name));
+        if !self.http.conn.is_inbound() {
+            if let Some(decorator) = &found.route.decorator {
+                head.headers.insert(headers::DECORATOR, decorator.clone());
+            }
+            return;
+        }
+        let named = head.headers.remove(headers::DECORATOR).is_some_and(|name| !name.is_empty());
+        self.decorator = found.route.decorator.clone().filter(|_| !named);
+    }
+
+    /// What the route says without an upstream.
+    fn answer_or_forward<'t>(&self, found: &Found<'t>, head: &Head) -> Result<Option<&'t Forward>, Box<Reply>> {
+        if let Some(name) = &found.route.unsupported {
+            return Err(Box::new(filters::unsupported(self.http, name)));
+        }
+        match &found.route.action {
+            Action::Forward(forward) => Ok(Some(forward)),
+            Action::Unsupported(name) => Err(Box::new(filters::unsupported(self.http, name))),
+            Action::Redirect(redirect) => {
+                let request = head.view();
+                let location = redirect.location(&request, found.route.matched(request.path));
+                let mut reply = Reply::new(redirect.status(), "direct_response", "");
+                reply.headers.extend(HeaderValue::try_from(location).ok().map(|location| (LOCATION, location)));
+                reply.plain = true;
+                Err(Box::new(self.decorated(reply, found.route, head)))
+            }
+            Action::Direct { status, body } => {
+                let body = String::from_utf8_lossy(body).into_owned();
+                let reply = Reply::new(*status, "direct_response", body);
+                Err(Box::new(self.decorated(reply, found.route, head)))
+            }
+        }
+    }
+
+    /// A direct response with the route's header changes.
+    fn decorated(&self, mut reply: Reply, route: &Route, head: &Head) -> Reply {
+        if route.response_headers.is_empty() {
+            return reply;
+        }
+        let mut map = HeaderMap::new();
+        for (name, value) in reply.headers.drain(..) {
+            map.append(name, value);
+        }
+        let status = StatusCode::from_u16(reply.status).unwrap_or(StatusCode::OK);
+        ops::on_response(&route.response_headers, &mut map, status, self.facts(Some(head)));
+        reply.headers = map.iter().map(|(name, value)| (name.clone(), value.clone())).collect();
+        reply
+    }
+
+    fn cluster(&mut self, found: &Found<'_>, forward: &Forward, view: &View) -> Result<Arc<ClusterLocal>, Box<Reply>> {
+        let wanted = found.cluster();
+        let Some(id) = wanted.and_then(|cluster| view.snap.resolve(cluster)) else {
+            self.ctx.missing_cluster = wanted.map(|cluster| Arc::clone(&cluster.name));
+            self.http.metrics.no_cluster.inc();
+            let mut reply = Reply::of(Kind::NoCluster);
+            reply.status = forward.cluster_not_found_status;
+            return Err(Box::new(reply));
+        };
+        let cluster = Arc::clone(view.cluster(id));
+        self.ctx.cluster = Some(Arc::clone(&cluster));
+        Ok(cluster)
+    }
+
+    async fn forward(
+        &mut self,
+        mut head: Head,
+        body: upstream::Body,
+        target: Target<'_>,
+        passed: Passed<'_>,
+        upgrade: bool,
+    ) -> Result<Answered, Box<Reply>> {
+        let options = &self.http.chain.options;
+        let limits = Limits::new(target.forward, options, &head.headers, self.ctx.grpc);
+        let hashed = hash::of(&target.forward.hash, &head, self.ctx.remote, || fastrand::u64(..));
+        let exchanged = passed.exchange && self.exchange_request(&mut head, target.cluster);
+        self.rewrite(&mut head, target, limits)?;
+        self.ctx.sent_upstream(&head);
+        let keeps_head = asks_for_request(target.found);
+        let kept = keeps_head.then(|| copy_of(&head));
+        let body = if upgrade { upstream::Body::empty() } else { body };
+        let body = mirror::send(self.http, target.view, target.forward, &head, body);
+        let client = if upgrade { head.extensions.remove::<OnUpgrade>() } else { None };
+        let call = Call {
+            retry: target.forward.retry.as_ref(),
+            timeout: limits.response,
+            hash: hashed.hash,
+            downstream_version: head.version,
+            alpn: passed.alpn,
+            upgrade,
+            original_dst: Some(self.http.conn.destination),
+            scheme: head.scheme.clone(),
+            client: Some((self.http.conn.peer, self.http.conn.destination)),
+            ..Call::new(target.cluster)
+        };
+        let expiry = Expiry::new(limits.stream, limits.idle, self.ctx.start);
+        let (answer, expiry) = self.send(call, head, body, expiry).await?;
+        let mut response = answer.head;
+        if upgrade && response.status == StatusCode::OK {
+            return Err(Box::new(Reply {
+                close: true,
+                plain: true,
+                ..Reply::new(200, "websocket_handshake_unsuccessful", "")
+            }));
+        }
+        headers::on_response(&mut response.headers, response.status);
+        let upgraded = response.status == StatusCode::SWITCHING_PROTOCOLS;
+        if upgrade && !upgraded {
+            response.headers.insert(CONNECTION, HeaderValue::from_static("close"));
+        }
+        if !options.suppress_envoy_headers && !upgraded {
+            response.headers.insert(headers::SERVICE_TIME, self.service_time());
+        }
+        self.exchange_response(&mut response.headers, passed.exchange, exchanged);
+        if let Some((cors, origin)) = passed.cors {
+            super::cors::on_response(cors, origin, &mut response.headers);
+        }
+        self.response_ops(target.found, &mut response, kept.as_ref());
+        if let Some(cookie) = hashed.set_cookie {
+            response.headers.append(SET_COOKIE, cookie);
+        }
+        let switch = match (upgraded, client, answer.upgrade) {
+            (true, Some(client), Some(upstream)) => Some((client, upstream, limits.idle)),
+            (true, ..) => return Err(Box::new(Reply::of_upstream(Kind::UpstreamProtocol, "", false, false))),
+            _ => None,
+        };
+        Ok(Answered { head: response, body: answer.body, expiry, switch })
+    }
+
+    /// Everything that changes between our filters and the wire.
+    fn rewrite(&self, head: &mut Head, target: Target<'_>, limits: Limits) -> Result<(), Box<Reply>> {
+        let options = &self.http.chain.options;
+        let (found, forward) = (target.found, target.forward);
+        if let Some(limit) = limits.response {
+            let per_try = forward.retry.as_ref().and_then(|retry| retry.per_try_timeout).filter(|t| !t.is_zero());
+            let expected = per_try.map_or(limit, |per_try| per_try.min(limit));
+            let millis = u64::try_from(expected.as_millis()).unwrap_or(u64::MAX);
+            head.headers.insert(headers::EXPECTED_TIMEOUT, HeaderValue::from(millis));
+        }
+        if found.vhost.include_attempt_count {
+            head.headers.insert(headers::ATTEMPT_COUNT, HeaderValue::from_static("1"));
+        }
+        let matched = found.route.matched(head.path.as_str()).map_or(0, str::len);
+        ops::on_request(&found.route.request_headers, head, self.facts(None));
+        if let Some(weighted) = found.weighted {
+            ops::on_request(&weighted.request_headers, head, self.facts(None));
+        }
+        let tell = !options.suppress_envoy_headers;
+        match (found.weighted.and_then(|w| w.host_rewrite.as_ref()), &forward.host_rewrite) {
+            (Some(host), _) | (None, Some(HostRewrite::Literal(host))) => {
+                ops::rewrite_host(head, host, forward.append_x_forwarded_host, tell);
+            }
+            (None, Some(HostRewrite::Auto)) => {
+                return Err(Box::new(filters::unsupported(self.http, "automatic host rewrite")));
+            }
+            (None, None) => {}
+        }
+        ops::rewrite_path(head, &forward.rewrite, matched, tell);
+        Ok(())
+    }
+
+    async fn send(
+        &mut self,
+        call: Call<'_>,
+        head: Head,
+        body: upstream::Body,
+        mut expiry: Option<Box<Expiry>>,
+    ) -> Result<(upstream::Answer, Option<Box<Expiry>>), Box<Reply>> {
+        let host = head.authority.clone();
+        let host = host.to_str().unwrap_or_default();
+        let call = Call { host: Some(without_port(host)), ..call };
+        let parts = parts_of(head);
+        let sent = match &mut expiry {
+            None => upstream::send(&call, parts, body, &mut self.ctx.trace).await,
+            Some(expiry) => {
+                let progress = self.ctx.progress.clone();
+                let mut send = Box::pin(upstream::send(&call, parts, body, &mut self.ctx.trace));
+                poll_fn(|cx| {
+                    if let Poll::Ready(sent) = send.as_mut().poll(cx) {
+                        return Poll::Ready(sent);
+                    }
+                    expiry.poll_with(cx, progress.as_ref().map_or(0, |p| p.bytes())).map(Err)
+                })
+                .await
+            }
+        };
+        match sent {
+            Ok(answer) => {
+                self.ctx.details = Cow::Borrowed("via_upstream");
+                Ok((answer, expiry))
+            }
+            Err(error) => Err(Box::new(self.failure(&error))),
+        }
+    }
+
+    fn failure(&self, error: &Error) -> Reply {
+        tracing::debug!(cluster = self.ctx.cluster_name(), %error, "upstream request failed");
+        let retried = self.ctx.trace.attempts > 1;
+        let suppress = self.http.chain.options.suppress_envoy_headers;
+        let mut reply = Reply::of_upstream(error.kind, error.details(), retried, suppress);
+        match error.kind {
+            Kind::MaxStreamDuration => reply.grpc = Some(DEADLINE_EXCEEDED),
+            Kind::StreamIdle if !self.ctx.request_unfinished() => reply.status = 504,
+            _ => {}
+        }
+        reply
+    }
+
+    /// Time that the upstream took, milliseconds.
+    fn service_time(&self) -> HeaderValue {
+        let trace = &self.ctx.trace;
+        let took = trace.first_byte.zip(trace.ready).map(|(end, start)| end.saturating_duration_since(start));
+        HeaderValue::from(u64::try_from(took.unwrap_or_default().as_millis()).unwrap_or(u64::MAX))
+    }
+
+    /// Peer metadata of a request; whether the client asked for ours.
+    fn exchange_request(&self, head: &mut Head, cluster: &ClusterLocal) -> bool {
+        let node = &self.http.conn.env.node;
+        if self.http.conn.is_inbound() {
+            let asked = head.headers.remove(PEER_METADATA_ID).is_some();
+            return head.headers.remove(PEER_METADATA).is_some() || asked;
+        }
+        let istio = &cluster.shared.config.istio;
+        if istio.disable_mx {
+            return false;
+        }
+        if let (Some(id), Some(metadata)) = (&node.id, &node.metadata) {
+            head.headers.insert(PEER_METADATA_ID, id.clone());
+            head.headers.insert(PEER_METADATA, metadata.clone());
+        }
+        false
+    }
+
+    fn exchange_response(&self, headers: &mut HeaderMap, exchange: bool, asked: bool) {
+        if !exchange {
+            return;
+        }
+        let node = &self.http.conn.env.node;
+        if !self.http.conn.is_inbound() {
+            headers.remove(PEER_METADATA_ID);
+            headers.remove(PEER_METADATA);
+        } else if let (true, Some(id), Some(metadata)) = (asked, &node.id, &node.metadata) {
+            headers.insert(PEER_METADATA_ID, id.clone());
+            headers.insert(PEER_METADATA, metadata.clone());
+        }
+    }
+
+    fn response_ops(&self, found: &Found<'_>, response: &mut http::response::Parts, kept: Option<&Head>) {
+        let facts = self.facts(kept);
+        if let Some(weighted) = found.weighted {
+            ops::on_response(&weighted.response_headers, &mut response.headers, response.status, facts);
+        }
+        ops::on_response(&found.route.response_headers, &mut response.headers, response.status, facts);
+    }
+
+    fn facts<'h>(&'h self, request: Option<&'h Head>) -> Facts<'h> {
+        Facts {
+            conn: &self.http.conn,
+            local_uris: &self.http.local_uris,
+            remote: self.ctx.remote,
+            request,
+            response: None,
+            route: self.ctx.route.as_deref().unwrap_or_default(),
+            cluster: self.ctx.cluster_name(),
+            host: self.ctx.trace.host.as_ref().map(|host| host.address),
+        }
+    }
+}
+
+/// gRPC's status for a stream that lived too long.
+const DEADLINE_EXCEEDED: u32 = 4;
+
+fn normalise(head: &mut Head, http: &HttpConn) -> Result<(), Box<Reply>> {
+    let options = &http.chain.options;
+    let rules = Rules {
+        normalize: options.normalize_path,
+        merge_slashes: options.merge_slashes,
+        escaped_slashes: options.escaped_slashes,
+    };
+    let refused = || Reply::new(400, "path_normalization_failed", "");
+    match path::normalise(&head.path, rules) {
+        Outcome::Same => Ok(()),
+        Outcome::Changed(path) => {
+            head.path = path;
+            Ok(())
+        }
+        Outcome::Refused => Err(Box::new(Reply { close: true, ..refused() })),
+        Outcome::Redirect(path) => {
+            let location = HeaderValue::from_str(path.as_str()).expect("a path is visible ASCII");
+            Err(Box::new(Reply { status: 307, headers: vec![(LOCATION, location)], plain: true, ..refused() }))
+        }
+    }
+}
+
+fn without_port(host: &str) -> &str {
+    match host.rfind(':') {
+        Some(at) if !host[at..].contains(']') => &host[..at],
+        _ => host,
+    }
+}
+
+/// Whether header changes of the response ask for the request.
+fn asks_for_request(found: &Found<'_>) -> bool {
+    let weighted = found.weighted.iter().flat_map(|w| &w.response_headers.set);
+    found.route.response_headers.set.iter().chain(weighted).any(|set| vars::asks_for_request(&set.value))
+}
+
+/// A copy for later, without extensions: those belong to the request on the wire.
+pub(super) fn copy_of(head: &Head) -> Head {
+    Head {
+        method: head.method.clone(),
+        version: head.version,
+        scheme: head.scheme.clone(),
+        authority: head.authority.clone(),
+        path: head.path.clone(),
+        headers: head.headers.clone(),
+        extensions: http::Extensions::new(),
+    }
+}
+
+/// The head for the upstream: origin form with a `host` header, which it turns into what its version needs.
+pub(super) fn parts_of(head: Head) -> http::request::Parts {
+    let (mut parts, ()) = Request::new(()).into_parts();
+    parts.method = head.method;
+    parts.uri = head.path.into();
+    parts.headers = head.headers;
+    parts.headers.insert(HOST, head.authority);
+    parts.extensions = head.extensions;
+    parts
+}
+
+impl Answered {
+    fn write(self, mut ctx: Box<Ctx>, decorator: Option<HeaderValue>) -> Response<Body> {
+        let mut head = self.head;
+        finish_headers(&mut head.headers, &ctx, decorator);
+        head.version = Version::HTTP_11;
+        head.extensions.remove::<hyper::ext::ReasonPhrase>();
+        if head.status.canonical_reason().is_none() {
+            head.extensions.insert(hyper::ext::ReasonPhrase::from_static(b"Unknown"));
+        }
+        ctx.answered(head.status, &head.headers);
+        if let Some((client, upstream, idle)) = self.switch {
+            upgrade::spawn(ctx, Switch { client, upstream, place: self.body, idle });
+            return Response::from_parts(head, Body::None);
+        }
+        if http_body::Body::is_end_stream(&self.body) {
+            ctx.complete();
+            return Response::from_parts(head, Body::None);
+        }
+        Response::from_parts(head, Body::Tracked(ctx, self.body, self.expiry))
+    }
+}
+
+fn write_reply(mut reply: Reply, mut ctx: Box<Ctx>, decorator: Option<HeaderValue>) -> Response<Body> {
+    let is_http1 = ctx.is_http1();
+    // What is left of the body would be taken for the next request.
+    reply.close = is_http1 && (reply.close || ctx.request_unfinished());
+    ctx.flags.insert(reply.flags);
+    ctx.details = std::mem::take(&mut reply.details);
+    let is_codec_error = reply.flags.contains(Flags::DPE);
+    ctx.sent = if ctx.grpc && !reply.plain { 0 } else { reply.body.len() as u64 };
+    let mut response = reply.write(ctx.grpc);
+    finish_headers(response.headers_mut(), &ctx, decorator.filter(|_| !is_codec_error));
+    if response.status().canonical_reason().is_none() || response.status() == StatusCode::IM_A_TEAPOT {
+        response.extensions_mut().insert(hyper::ext::ReasonPhrase::from_static(b"Unknown"));
+    }
+    ctx.answered(response.status(), response.headers());
+    ctx.complete();
+    response
+}
+
+/// What every response gets, ours and the upstream's.
+fn finish_headers(headers: &mut HeaderMap, ctx: &Ctx, decorator: Option<HeaderValue>) {
+    let http = &ctx.http;
+    headers::server(headers, &http.chain.options);
+    if let Some(decorator) = decorator {
+        headers.insert(headers::DECORATOR, decorator);
+    } else if !http.conn.is_inbound() {
+        headers.remove(headers::DECORATOR);
+    }
+    if ctx.is_http1() && http.is_last_request() && !headers.contains_key(http::header::UPGRADE) {
+        headers.insert(CONNECTION, HeaderValue::from_static("close"));
+    }
+}

@@ -1,0 +1,531 @@
+//! The whole proxy over memory: a client on a pipe, a real application on the loopback.
+
+use std::collections::BTreeMap;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use proxy_config::Model;
+use proxy_config::model::{
+    self, Address, ChainMatch, CircuitBreakers, Cluster, ClusterKind, Direction, Endpoint, Endpoints, FilterChain,
+    Forward, HealthStatus, HttpConnectionManager, HttpFilter, IstioClusterMetadata, LbPolicy, LocalityEndpoints,
+    NetworkFilter, PathMatch, Permission, Principal, RbacPolicy, RbacRules, RouteAction, RouteMatch, RouteSource,
+    StringMatcher, TcpProxy, UpstreamHttp, UpstreamProtocol, WeightedName,
+};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, DuplexStream};
+use tokio::net::TcpListener;
+
+use super::*;
+use crate::drain::{Drain, Phase};
+use crate::snapshot;
+use crate::tls::Secrets;
+
+const LIMIT: Duration = Duration::from_secs(5);
+
+/// An application that answers every request head with the same bytes and remembers the heads.
+struct App {
+    address: SocketAddr,
+    seen: Arc<Mutex<Vec<String>>>,
+}
+
+impl App {
+    /// `answer` follows the head; `echo`: everything behind it comes back.
+    async fn start(answer: &'static str, echo: bool) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let heads = Arc::clone(&seen);
+        tokio::spawn(async move {
+            while let Ok((mut socket, _)) = listener.accept().await {
+                let heads = Arc::clone(&heads);
+                tokio::spawn(async move {
+                    let mut bytes = Vec::new();
+                    loop {
+                        let mut buffer = [0; 4096];
+                        let n = socket.read(&mut buffer).await.unwrap_or(0);
+                        if n == 0 {
+                            return;
+                        }
+                        bytes.extend_from_slice(&buffer[..n]);
+                        if echo && answer.is_empty() {
+                            socket.write_all(&buffer[..n]).await.unwrap();
+                            continue;
+                        }
+                        while let Some(end) = bytes.windows(4).position(|w| w == b"\r\n\r\n") {
+                            let head: Vec<u8> = bytes.drain(..end + 4).collect();
+                            heads.lock().unwrap().push(String::from_utf8(head).unwrap());
+                            socket.write_all(answer.as_bytes()).await.unwrap();
+                            if echo {
+                                let (mut read, mut write) = socket.split();
+                                write.write_all(&bytes).await.unwrap();
+                                let _ = tokio::io::copy(&mut read, &mut write).await;
+                                return;
+                            }
+                        }
+                    }
+                });
+            }
+        });
+        Self { address, seen }
+    }
+
+    fn heads(&self) -> Vec<String> {
+        self.seen.lock().unwrap().clone()
+    }
+}
+
+const OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 3\r\nx-app: 1\r\n\r\nok\n";
+
+fn cluster(name: &str, address: SocketAddr, protocol: UpstreamProtocol) -> Cluster {
+    let endpoint = Endpoint {
+        address: Address::Socket(address),
+        health: HealthStatus::Healthy,
+        weight: 1,
+        transport_labels: BTreeMap::new(),
+        workload: String::new(),
+        hostname: String::new(),
+        metadata: BTreeMap::new(),
+    };
+    let group = LocalityEndpoints { endpoints: vec![endpoint], ..LocalityEndpoints::default() };
+    Cluster {
+        name: name.into(),
+        kind: ClusterKind::Static(Endpoints { localities: vec![group], ..Endpoints::default() }),
+        lb: LbPolicy::RoundRobin { slow_start: None },
+        connect_timeout: None,
+        limits: CircuitBreakers::default(),
+        outlier: None,
+        healthy_panic_threshold: None,
+        locality_weighted: false,
+        http: UpstreamHttp { protocol, ..UpstreamHttp::default() },
+        transport_matches: Vec::new(),
+        transport: model::Transport::Raw,
+        source_address: None,
+        tcp_keepalive: None,
+        upstream_port_override: None,
+        istio: IstioClusterMetadata::default(),
+        metadata_exchange: None,
+        dns: None,
+        close_on_host_failure: false,
+        alt_stat_name: String::new(),
+        tcp_idle_timeout: None,
+        unsupported: Vec::new(),
+    }
+}
+
+fn manager(routes: Vec<model::Route>, filters: Vec<HttpFilter>) -> HttpConnectionManager {
+    let vhost =
+        model::VirtualHost { name: "v".into(), domains: vec!["*".into()], routes, include_request_attempt_count: true };
+    let table = model::RouteTable { name: "80".into(), virtual_hosts: vec![vhost], ..model::RouteTable::default() };
+    HttpConnectionManager {
+        stat_prefix: "s".into(),
+        routes: RouteSource::Inline(Arc::new(table)),
+        filters,
+        server_name: "istio-envoy".into(),
+        server_header_transformation: model::ServerHeader::default(),
+        forward_client_cert: model::ForwardClientCert::default(),
+        set_current_client_cert: model::ClientCertDetails::default(),
+        use_remote_address: false,
+        generate_request_id: true,
+        request_id_for_trace_sampling: true,
+        normalize_path: true,
+        merge_slashes: false,
+        escaped_slashes: model::EscapedSlashes::default(),
+        stream_idle_timeout: Some(Duration::ZERO),
+        request_timeout: None,
+        request_headers_timeout: None,
+        idle_timeout: None,
+        max_connection_duration: None,
+        max_stream_duration: None,
+        max_requests_per_connection: None,
+        drain_timeout: None,
+        max_request_headers_kb: None,
+        headers_with_underscores: model::UnderscoreHeaders::default(),
+        upgrades: vec!["websocket".into()],
+        accept_http_10: false,
+        allow_absolute_url: false,
+        preserve_header_case: false,
+        proxy_100_continue: true,
+        append_x_forwarded_port: false,
+        suppress_envoy_headers: false,
+        http2: None,
+        internal_cidrs: Vec::new(),
+        access_log: Vec::new(),
+        tracing: None,
+    }
+}
+
+fn route(prefix: &str, action: RouteAction) -> model::Route {
+    model::Route {
+        name: "r".into(),
+        matches: RouteMatch {
+            path: PathMatch::Prefix(prefix.into()),
+            case_sensitive: true,
+            headers: Vec::new(),
+            query: Vec::new(),
+            dynamic_metadata: Vec::new(),
+            grpc: false,
+        },
+        action,
+        request_headers: model::HeaderOps::default(),
+        response_headers: model::HeaderOps::default(),
+        decorator: Some("op".into()),
+        fault: None,
+        cors: None,
+        config: None,
+        stat_prefix: String::new(),
+        unsupported: Vec::new(),
+    }
+}
+
+fn to(cluster: &str) -> Forward {
+    let one = model::WeightedCluster { name: cluster.into(), weight: 1, ..model::WeightedCluster::default() };
+    Forward { clusters: vec![one], timeout: Some(Duration::ZERO), ..Forward::default() }
+}
+
+fn forward(prefix: &str) -> model::Route {
+    route(prefix, RouteAction::Forward(Box::new(to("app"))))
+}
+
+fn tcp_proxy() -> NetworkFilter {
+    NetworkFilter::TcpProxy(TcpProxy {
+        stat_prefix: String::new(),
+        clusters: vec![WeightedName { cluster: "app".into(), weight: 1 }],
+        idle_timeout: None,
+        max_downstream_connection_duration: None,
+        hash_source_ip: false,
+        tunneling: None,
+        access_log: Vec::new(),
+    })
+}
+
+/// A policy that lets only this path prefix pass.
+fn allow_only(prefix: &str) -> model::Rbac {
+    let path = StringMatcher { pattern: model::StringPattern::Prefix(prefix.into()), ignore_case: false };
+    let policy = RbacPolicy { permissions: vec![Permission::UrlPath(path)], principals: vec![Principal::Any] };
+    let rules = RbacRules { action: model::RbacAction::Allow, policies: BTreeMap::from([("p".into(), policy)]) };
+    model::Rbac { rules: Some(rules), ..model::Rbac::default() }
+}
+
+struct Mesh {
+    env: Arc<Env>,
+    listener: Arc<Listener>,
+    drain: Drain,
+}
+
+impl Mesh {
+    fn new(filters: Vec<NetworkFilter>, clusters: Vec<Cluster>) -> Self {
+        let snapshot = Self::compile(filters, clusters);
+        let listener = Arc::clone(&snapshot.listeners()[0]);
+        let (drain, watch) = Drain::new();
+        let env = Env::new(Settings {
+            worker: 0,
+            view: Arc::new(View::new(Arc::new(snapshot), None)),
+            drain: watch,
+            node: Node::default(),
+        });
+        Self { env: Arc::new(env), listener, drain }
+    }
+
+    fn compile(filters: Vec<NetworkFilter>, clusters: Vec<Cluster>) -> snapshot::Snapshot {
+        let mut model = Model::default();
+        for cluster in clusters {
+            model.clusters.insert(Arc::clone(&cluster.name), Arc::new(cluster));
+        }
+        let chain = FilterChain { name: "c".into(), filters, matches: ChainMatch::default(), ..FilterChain::default() };
+        let listener = model::Listener {
+            name: "in".into(),
+            address: Address::Socket("0.0.0.0:15006".parse().unwrap()),
+            additional_addresses: Vec::new(),
+            direction: Direction::Inbound,
+            bind_to_port: true,
+            use_original_dst: false,
+            transparent: false,
+            listener_filters: Vec::new(),
+            listener_filters_timeout: None,
+            continue_on_listener_filters_timeout: true,
+            filter_chains: vec![chain],
+            default_filter_chain: None,
+            access_log: Vec::new(),
+            exact_balance: false,
+            max_accepts_per_event: None,
+        };
+        model.listeners.insert("in".into(), Arc::new(listener));
+        let (snapshot, rejects) = snapshot::compile(None, &model, &Secrets::new());
+        assert!(rejects.is_empty(), "{rejects:?}");
+        snapshot
+    }
+
+    fn http(app: &App, routes: Vec<model::Route>, filters: Vec<HttpFilter>) -> Self {
+        Self::managed(app, manager(routes, filters))
+    }
+
+    fn managed(app: &App, manager: HttpConnectionManager) -> Self {
+        let to_app = cluster("app", app.address, UpstreamProtocol::Http1);
+        Self::new(vec![NetworkFilter::Http(Box::new(manager))], vec![to_app])
+    }
+
+    fn connect(&self) -> Client {
+        let (far, near) = tokio::io::duplex(64 * 1024);
+        let at = |text: &str| text.parse().unwrap();
+        let serving = serve(
+            near.into(),
+            at("10.0.0.9:1000"),
+            at("10.0.0.1:15006"),
+            at("10.0.0.1:8080"),
+            Arc::clone(&self.listener),
+            Arc::clone(&self.env),
+        );
+        Client { stream: far, task: tokio::spawn(serving) }
+    }
+}
+
+struct Client {
+    stream: DuplexStream,
+    task: tokio::task::JoinHandle<()>,
+}
+
+impl Client {
+    async fn send(&mut self, text: &str) {
+        self.stream.write_all(text.as_bytes()).await.unwrap();
+    }
+
+    /// Reads until the text ends so.
+    async fn until(&mut self, end: &str) -> String {
+        let mut got = Vec::new();
+        let read = async {
+            while !got.ends_with(end.as_bytes()) {
+                let mut byte = [0];
+                if self.stream.read(&mut byte).await.unwrap() == 0 {
+                    panic!("closed after {:?}", String::from_utf8_lossy(&got));
+                }
+                got.push(byte[0]);
+            }
+        };
+        if tokio::time::timeout(LIMIT, read).await.is_err() {
+            panic!("only {:?}", String::from_utf8_lossy(&got));
+        }
+        String::from_utf8(got).unwrap()
+    }
+
+    async fn rest(&mut self) -> String {
+        let mut rest = String::new();
+        tokio::time::timeout(LIMIT, self.stream.read_to_string(&mut rest)).await.expect("it ends").unwrap();
+        rest
+    }
+
+    async fn get(&mut self, path: &str, end: &str) -> String {
+        self.send(&format!("GET {path} HTTP/1.1\r\nhost: a\r\n\r\n")).await;
+        self.until(end).await
+    }
+}
+
+/// A response's lines without what differs from run to run, sorted.
+fn lines(response: &str) -> Vec<&str> {
+    let (head, _) = response.split_once("\r\n\r\n").unwrap();
+    let mut lines: Vec<&str> = head.split("\r\n").filter(|line| !line.starts_with("date: ")).collect();
+    lines[1..].sort_unstable();
+    lines
+}
+
+#[tokio::test]
+async fn a_request_goes_through_and_the_connection_is_kept() {
+    let app = App::start(OK, false).await;
+    let mesh = Mesh::http(&app, vec![forward("/")], Vec::new());
+    let mut client = mesh.connect();
+    for _ in 0..3 {
+        let response = client.get("/x/../api?q=1", "ok\n").await;
+        assert_eq!(
+            lines(&response),
+            [
+                "HTTP/1.1 200 OK",
+                "content-length: 3",
+                "server: istio-envoy",
+                "x-app: 1",
+                "x-envoy-decorator-operation: op",
+                "x-envoy-upstream-service-time: 0"
+            ]
+        );
+    }
+    let heads = app.heads();
+    assert_eq!(heads.len(), 3);
+    assert!(heads[0].starts_with("GET /api?q=1 HTTP/1.1\r\n"), "{}", heads[0]);
+    for header in ["host: a", "x-forwarded-proto: http", "x-request-id: ", "x-envoy-attempt-count: 1"] {
+        assert!(heads[0].contains(header), "{header} in {}", heads[0]);
+    }
+    drop(client.stream);
+    client.task.await.unwrap();
+    assert_eq!(mesh.drain.active(), 0);
+}
+
+#[tokio::test]
+async fn policy_refuses_after_normalisation() {
+    let app = App::start(OK, false).await;
+    let mesh = Mesh::http(&app, vec![forward("/")], vec![HttpFilter::Rbac(allow_only("/api"))]);
+    let mut client = mesh.connect();
+    assert!(client.get("/api/x", "ok\n").await.starts_with("HTTP/1.1 200"));
+    let denied = client.get("/api/../admin", "denied").await;
+    assert_eq!(
+        lines(&denied),
+        [
+            "HTTP/1.1 403 Forbidden",
+            "content-length: 19",
+            "content-type: text/plain",
+            "server: istio-envoy",
+            "x-envoy-decorator-operation: op"
+        ]
+    );
+    client.send("POST /y HTTP/1.1\r\nhost: a\r\ncontent-type: application/grpc\r\ncontent-length: 0\r\n\r\n").await;
+    let grpc = client.until("\r\n\r\n").await;
+    assert!(grpc.starts_with("HTTP/1.1 200") && grpc.contains("grpc-status: 7\r\n"), "{grpc}");
+    client.send("POST /y HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\n\r\n").await;
+    let unread = client.rest().await;
+    assert!(unread.starts_with("HTTP/1.1 403") && unread.contains("connection: close"), "{unread}");
+    assert_eq!(app.heads().len(), 1);
+}
+
+#[tokio::test]
+async fn answers_without_an_upstream() {
+    let app = App::start(OK, false).await;
+    let direct = RouteAction::Direct { status: 418, body: b"teapot".to_vec() };
+    let redirect =
+        RouteAction::Redirect(model::Redirect { status: 301, path: Some("/there".into()), ..Default::default() });
+    let nowhere = RouteAction::Forward(Box::new(to("nowhere")));
+    let routes = vec![route("/d", direct), route("/r", redirect), route("/n", nowhere)];
+    let mesh = Mesh::http(&app, routes, Vec::new());
+    let mut client = mesh.connect();
+    assert!(client.get("/d", "teapot").await.starts_with("HTTP/1.1 418 Unknown\r\n"));
+    let redirect = client.get("/r?q", "\r\n\r\n").await;
+    assert!(redirect.starts_with("HTTP/1.1 301") && redirect.contains("location: http://a/there?q\r\n"), "{redirect}");
+    assert!(client.get("/n", "\r\n\r\n").await.starts_with("HTTP/1.1 503"));
+    assert!(client.get("/none", "\r\n\r\n").await.starts_with("HTTP/1.1 503"));
+    assert!(client.get("/", "\r\n\r\n").await.starts_with("HTTP/1.1 404"));
+    client.send("GET / HTTP/1.0\r\nhost: a\r\n\r\n").await;
+    let old = client.rest().await;
+    assert!(old.contains("426 Upgrade Required") && old.ends_with("\r\n\r\nUpgrade Required"), "{old}");
+}
+
+#[tokio::test]
+async fn a_refused_connection_is_503() {
+    let app = App { address: "127.0.0.1:1".parse().unwrap(), seen: Arc::default() };
+    let mesh = Mesh::http(&app, vec![forward("/")], Vec::new());
+    let response = mesh.connect().get("/", "failure").await;
+    assert!(response.starts_with("HTTP/1.1 503"), "{response}");
+    assert!(response.ends_with("before headers. reset reason: remote connection failure"), "{response}");
+}
+
+#[tokio::test]
+async fn malformed_requests_are_refused() {
+    let app = App::start(OK, false).await;
+    for (request, expected) in [
+        ("get / HTTP/1.1\r\nhost: a\r\n\r\n", "HTTP/1.1 400"),
+        ("GET / HTTP/1.1\r\n\r\n", "HTTP/1.1 400"),
+        ("GET / HTTP/1.1\r\nhost: a\r\nhost: b\r\n\r\n", "HTTP/1.1 400"),
+        ("\0\u{1}binary\r\n\r\n", "HTTP/1.1 400"),
+        ("POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: gzip, chunked\r\n\r\n", "HTTP/1.1 501"),
+        ("GET /%00 HTTP/1.1\r\nhost: a\r\n\r\n", "HTTP/1.1 400"),
+        ("CONNECT a:1 HTTP/1.1\r\nhost: a:1\r\n\r\n", "HTTP/1.1 404"),
+        ("GET / HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: foo\r\n\r\n", "HTTP/1.1 403"),
+    ] {
+        let mesh = Mesh::http(&app, vec![forward("/")], Vec::new());
+        let mut client = mesh.connect();
+        client.send(request).await;
+        let response = client.rest().await;
+        assert!(response.starts_with(expected), "{request:?}: {response}");
+    }
+    assert!(app.heads().is_empty());
+}
+
+#[tokio::test]
+async fn websockets_relay_bytes() {
+    let switch = "HTTP/1.1 101 Switching Protocols\r\nconnection: Upgrade\r\nupgrade: websocket\r\nsec: x\r\n\r\n";
+    let app = App::start(switch, true).await;
+    let mesh = Mesh::http(&app, vec![forward("/")], Vec::new());
+    let mut client = mesh.connect();
+    client.send("GET / HTTP/1.1\r\nhost: a\r\nconnection: Upgrade\r\nupgrade: WebSocket\r\n\r\n").await;
+    let response = client.until("\r\n\r\n").await;
+    assert!(response.starts_with("HTTP/1.1 101") && response.contains("sec: x\r\n"), "{response}");
+    assert!(response.contains("upgrade: websocket\r\n") && !response.contains("service-time"), "{response}");
+    client.send("hello").await;
+    assert_eq!(client.until("hello").await, "hello");
+    assert_eq!(mesh.drain.active(), 1);
+}
+
+#[tokio::test]
+async fn a_refused_websocket_closes() {
+    let app = App::start(OK, false).await;
+    let mesh = Mesh::http(&app, vec![forward("/")], Vec::new());
+    let mut client = mesh.connect();
+    client.send("GET / HTTP/1.1\r\nhost: a\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\r\n").await;
+    let response = client.rest().await;
+    assert!(response.starts_with("HTTP/1.1 200") && response.contains("connection: close"), "{response}");
+    assert!(response.ends_with("\r\n\r\n"));
+}
+
+#[tokio::test]
+async fn bytes_are_relayed_and_a_half_close_is_passed_on() {
+    let app = App::start("", true).await;
+    let mesh = Mesh::new(vec![tcp_proxy()], vec![cluster("app", app.address, UpstreamProtocol::Http1)]);
+    let mut client = mesh.connect();
+    client.send("hello\n").await;
+    assert_eq!(client.until("\n").await, "hello\n");
+    client.stream.shutdown().await.unwrap();
+    assert_eq!(client.rest().await, "");
+    client.task.await.unwrap();
+    assert_eq!(mesh.drain.active(), 0);
+}
+
+#[tokio::test]
+async fn denied_bytes_never_reach_the_application() {
+    let app = App::start("", true).await;
+    let closed = model::Rbac { rules: Some(RbacRules::default()), ..model::Rbac::default() };
+    let filters = vec![NetworkFilter::Rbac(closed), tcp_proxy()];
+    let mesh = Mesh::new(filters, vec![cluster("app", app.address, UpstreamProtocol::Http1)]);
+    let mut client = mesh.connect();
+    assert_eq!(client.rest().await, "");
+    client.task.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_policy_that_appears_ends_open_connections() {
+    let app = App::start("", true).await;
+    let clusters = || vec![cluster("app", app.address, UpstreamProtocol::Http1)];
+    let mesh = Mesh::new(vec![tcp_proxy()], clusters());
+    let mut client = mesh.connect();
+    client.send("hello\n").await;
+    client.until("\n").await;
+    let same = Mesh::compile(vec![tcp_proxy()], clusters());
+    mesh.env.swap(Arc::new(View::new(Arc::new(same), None)));
+    client.send("again\n").await;
+    assert_eq!(client.until("\n").await, "again\n");
+    let closed = model::Rbac { rules: Some(RbacRules::default()), ..model::Rbac::default() };
+    let other = Mesh::compile(vec![NetworkFilter::Rbac(closed), tcp_proxy()], clusters());
+    mesh.env.swap(Arc::new(View::new(Arc::new(other), None)));
+    assert_eq!(client.rest().await, "");
+}
+
+#[tokio::test]
+async fn leaving_closes_after_the_response_and_then_what_is_idle() {
+    let app = App::start(OK, false).await;
+    let mesh = Mesh::http(&app, vec![forward("/")], Vec::new());
+    let (mut busy, mut idle) = (mesh.connect(), mesh.connect());
+    busy.get("/", "ok\n").await;
+    idle.get("/", "ok\n").await;
+    mesh.drain.enter(Phase::Lame);
+    let response = busy.get("/", "ok\n").await;
+    assert!(response.contains("connection: close\r\n"), "{response}");
+    assert_eq!(busy.rest().await, "");
+    mesh.drain.enter(Phase::Closing);
+    assert_eq!(idle.rest().await, "");
+    mesh.drain.wait_for_zero().await;
+}
+
+#[tokio::test]
+async fn the_last_request_of_a_connection_closes_it() {
+    let app = App::start(OK, false).await;
+    let said =
+        HttpConnectionManager { max_requests_per_connection: Some(2), ..manager(vec![forward("/")], Vec::new()) };
+    let mesh = Mesh::managed(&app, said);
+    let mut client = mesh.connect();
+    assert!(!client.get("/", "ok\n").await.contains("connection: close"));
+    client.send("GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    assert!(client.rest().await.contains("connection: close\r\n"));
+}

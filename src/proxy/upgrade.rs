@@ -1,0 +1,58 @@
+//! Connections that switch protocols: from the 101 on, bytes are relayed.
+
+use std::borrow::Cow;
+use std::time::Duration;
+
+use hyper::upgrade::OnUpgrade;
+use hyper_util::rt::TokioIo;
+
+use super::ctx::Ctx;
+use crate::drain::Phase;
+use crate::error::Flags;
+use crate::net::copy::{self, End};
+use crate::upstream::AnswerBody;
+
+/// Both sides of a switch.
+pub(super) struct Switch {
+    pub(super) client: OnUpgrade,
+    pub(super) upstream: OnUpgrade,
+    /// Holds the request's place at the upstream.
+    pub(super) place: AnswerBody,
+    /// Limit on silence.
+    pub(super) idle: Option<Duration>,
+}
+
+/// Relays until both sides are done, in a task of its own: the codec has let go of the connection by then. The account
+/// and the connection's drain guard live as long as the task.
+pub(super) fn spawn(mut ctx: Box<Ctx>, switch: Switch) {
+    tokio::spawn(async move {
+        let mut drain = ctx.http.conn.env.drain().clone();
+        tokio::select! {
+            () = relay(&mut ctx, switch) => {}
+            () = drain.reached(Phase::Gone) => {}
+        }
+    });
+}
+
+async fn relay(ctx: &mut Ctx, switch: Switch) {
+    // Whoever does not come to the switch has gone; the account says so by itself.
+    let (Ok(client), Ok(upstream)) = tokio::join!(switch.client, switch.upstream) else { return };
+    let counters = copy::Counters::default();
+    let (mut client, mut upstream) = (TokioIo::new(client), TokioIo::new(upstream));
+    let end = copy::both(&mut client, &mut upstream, &counters, switch.idle).await;
+    ctx.sent = counters.received.into_inner();
+    match end {
+        End::Idle => {
+            ctx.flags.insert(Flags::SI);
+            ctx.details = Cow::Borrowed("stream_idle_timeout");
+            ctx.complete();
+        }
+        End::Upstream(_) => {
+            ctx.flags.insert(Flags::UC);
+            ctx.details = Cow::Borrowed("upstream_reset_after_response_started{connection_termination}");
+            ctx.complete();
+        }
+        End::Done | End::Client(_) => {}
+    }
+    drop(switch.place);
+}
