@@ -6,3 +6,5 @@ pub mod child;
 pub mod conformance;
 pub mod demo;
 pub mod netns;
+#[cfg(feature = "conformance")]
+pub mod wire;

@@ -18,6 +18,9 @@ enum Command {
     Demo(demo::Args),
     /// Replays recordings of the real programs against the proxy's binary.
     Conformance(conformance::Args),
+    /// One end of a wire case, driven by lines of JSON.
+    #[cfg(feature = "conformance")]
+    Peer(bench_harness::wire::peer::Args),
     /// A small application to put behind a sidecar.
     App(app::Args),
     /// Sends bytes to a TCP server, prints what comes back.
@@ -28,6 +31,8 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Demo(args) => demo::run(&args),
         Command::Conformance(args) => conformance::run(&args),
+        #[cfg(feature = "conformance")]
+        Command::Peer(args) => bench_harness::wire::peer::run(&args),
         Command::App(args) => app::run(&args),
         Command::Tcp(args) => app::tcp(&args),
     };

@@ -6,10 +6,16 @@
 mod calls;
 mod explain;
 mod input;
+#[cfg(feature = "conformance")]
+mod judge;
 mod models;
 mod rules;
 mod simulation;
+#[cfg(feature = "conformance")]
+mod stage;
 mod tally;
+#[cfg(feature = "conformance")]
+mod wire;
 mod xds;
 
 use std::fs;
@@ -88,6 +94,8 @@ fn run_set(bench: &Bench<'_>, set: &Set) -> Result<Tally> {
     match set.name.as_str() {
         "simulation" => simulation::run(bench, set),
         "xds" => xds::run(bench, set),
+        #[cfg(feature = "conformance")]
+        _ if is_wire(set) => wire::run(bench, set),
         _ => Ok(Tally::unknown_format(&set.index)),
     }
 }
@@ -111,4 +119,11 @@ fn sets(folder: &Path) -> Result<Vec<Set>> {
 /// The cases of an index.
 fn cases(set: &Set) -> &[Value] {
     set.index["cases"].as_array().map_or(&[], Vec::as_slice)
+}
+
+/// A set of wire cases names steps and who saw what.
+#[cfg(feature = "conformance")]
+fn is_wire(set: &Set) -> bool {
+    let steps_and_notes = |c: &Value| c["steps"].is_array() && (c["app_saw"].is_array() || c["upstream"].is_array());
+    cases(set).first().is_some_and(steps_and_notes)
 }

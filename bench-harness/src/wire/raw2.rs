@@ -1,0 +1,139 @@
+//! HTTP/2 that no library would send: frames written by hand, only to see how they are refused.
+
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::conn::{Conn, Got};
+use super::value::{bytes_at, bytes_of, pairs};
+
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+const DATA: u8 = 0;
+const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
+const SETTINGS: u8 = 4;
+const GOAWAY: u8 = 7;
+const END_STREAM: u8 = 1;
+const ACK: u8 = 1;
+const END_HEADERS: u8 = 4;
+
+/// What became of a request that breaks the protocol.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Refusal {
+    /// Response headers came on the stream.
+    pub(super) answered: bool,
+    /// The stream was reset, with this code.
+    pub(super) reset: Option<u32>,
+    /// The connection was told to go away.
+    pub(super) goaway: Option<u32>,
+    /// How the connection ended.
+    pub(super) end: Option<Got>,
+}
+
+/// Whether a library would refuse to send this request.
+pub(super) fn is_odd(request: &Value) -> bool {
+    let headers = pairs(&request["headers"]);
+    let names: Vec<&str> = headers.iter().map(|(n, _)| n.as_str()).collect();
+    let connect = headers.iter().any(|(n, v)| n == ":method" && v == "CONNECT");
+    let count = |name: &str| names.iter().filter(|n| **n == name).count();
+    let lacks = [":method", ":path", ":scheme"].iter().any(|name| count(name) != 1) && !connect;
+    let first_plain = names.iter().position(|n| !n.starts_with(':')).unwrap_or(names.len());
+    let late = names[first_plain..].iter().any(|n| n.starts_with(':'));
+    let banned = ["connection", "keep-alive", "transfer-encoding", "upgrade", "proxy-connection"];
+    let bad = headers.iter().any(|(name, value)| {
+        banned.contains(&name.as_str())
+            || name.chars().any(|c| c.is_ascii_uppercase() || c == ' ')
+            || (name == "te" && value != "trailers")
+            || value.chars().any(|c| c.is_control())
+    });
+    lacks || late || bad
+}
+
+/// Sends one request and watches.
+pub(super) async fn send(conn: &mut Conn, request: &Value, limit: Duration) -> Refusal {
+    let mut out = PREFACE.to_vec();
+    frame(&mut out, SETTINGS, 0, 0, &[]);
+    let body = bytes_at(request, "data");
+    let flags = END_HEADERS | if body.is_none() { END_STREAM } else { 0 };
+    frame(&mut out, HEADERS, flags, 1, &block(&pairs(&request["headers"])));
+    if let Some(body) = body {
+        frame(&mut out, DATA, END_STREAM, 1, &body);
+    }
+    let mut refusal = Refusal::default();
+    if conn.write(&out).await.is_err() {
+        refusal.end = Some(Got::Reset);
+        return refusal;
+    }
+    let mut seen = Vec::new();
+    loop {
+        match conn.read(&mut seen, limit).await {
+            Got::Bytes(_) => take_frames(&mut seen, &mut refusal),
+            Got::Timeout => return refusal,
+            end => {
+                refusal.end = Some(end);
+                return refusal;
+            }
+        }
+        if refusal.answered || refusal.reset.is_some() {
+            // The stream is over; the connection is watched for a moment.
+            let end = conn.read(&mut seen, Duration::from_millis(300)).await;
+            take_frames(&mut seen, &mut refusal);
+            refusal.end = matches!(end, Got::End | Got::Reset | Got::Alert(_)).then_some(end);
+            return refusal;
+        }
+    }
+}
+
+fn take_frames(seen: &mut Vec<u8>, refusal: &mut Refusal) {
+    while seen.len() >= 9 {
+        let length = usize::from(seen[0]) << 16 | usize::from(seen[1]) << 8 | usize::from(seen[2]);
+        if seen.len() < 9 + length {
+            return;
+        }
+        let (kind, flags) = (seen[3], seen[4]);
+        let payload: Vec<u8> = seen.drain(..9 + length).skip(9).collect();
+        let word = |at: usize| payload.get(at..at + 4).map(|b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]));
+        match kind {
+            HEADERS => refusal.answered = true,
+            RST_STREAM => refusal.reset = word(0),
+            GOAWAY => refusal.goaway = word(4),
+            SETTINGS if flags & ACK == 0 => {}
+            _ => {}
+        }
+    }
+}
+
+fn frame(out: &mut Vec<u8>, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
+    let length = u32::try_from(payload.len()).unwrap_or_default().to_be_bytes();
+    out.extend_from_slice(&length[1..]);
+    out.extend_from_slice(&[kind, flags]);
+    out.extend_from_slice(&stream.to_be_bytes());
+    out.extend_from_slice(payload);
+}
+
+/// Headers as literals that nobody indexes, without compression.
+fn block(headers: &[(String, String)]) -> Vec<u8> {
+    let mut out = Vec::new();
+    for (name, value) in headers {
+        out.push(0);
+        string(&mut out, name.as_bytes());
+        string(&mut out, &bytes_of(value));
+    }
+    out
+}
+
+fn string(out: &mut Vec<u8>, bytes: &[u8]) {
+    const PREFIX: usize = 127;
+    if bytes.len() < PREFIX {
+        out.push(u8::try_from(bytes.len()).unwrap_or_default());
+    } else {
+        out.push(127);
+        let mut rest = bytes.len() - PREFIX;
+        while rest >= 128 {
+            out.push(u8::try_from(rest % 128).unwrap_or_default() | 128);
+            rest /= 128;
+        }
+        out.push(u8::try_from(rest).unwrap_or_default());
+    }
+    out.extend_from_slice(bytes);
+}
