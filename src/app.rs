@@ -1,7 +1,6 @@
 //! Wiring: control thread, workers, servers, signals, drain. The only module that knows everyone.
 
 mod host;
-mod logging;
 mod observe;
 
 use std::collections::BTreeMap;
@@ -19,6 +18,7 @@ use crate::cli::InputArgs;
 use crate::control::{self, Certs, Control, Published, health};
 use crate::drain::{Drain, Phase, Plan};
 use crate::snapshot::Snapshot;
+use crate::telemetry::logging;
 use crate::worker::{self, Workers};
 
 /// How long an orderly goodbye without `EXIT_ON_ZERO_ACTIVE_CONNECTIONS` takes when ProxyConfig says nothing.

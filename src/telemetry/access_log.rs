@@ -52,9 +52,9 @@ pub enum LogFilter {
     /// The status compares.
     Status(Compare, u16),
     /// All hold.
-    And(Vec<LogFilter>),
+    And(Vec<Self>),
     /// One holds.
-    Or(Vec<LogFilter>),
+    Or(Vec<Self>),
 }
 
 /// How a status compares.

@@ -2,7 +2,8 @@
 
 use std::net::SocketAddr;
 
-use super::operator::{default_time, millis};
+use super::clock::default_time;
+use super::operator::millis;
 use super::record::{Record, RecordKind};
 
 /// Appends the object and a line end. Fields without a value are left out, `flags` is `-` without flags.

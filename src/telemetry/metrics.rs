@@ -10,8 +10,10 @@ use hashbrown::HashMap;
 
 use super::expose::{Sample, Value};
 use super::histogram::{Histogram, Merged};
-use super::labels::{self, Cache, Labels, NodeLabels, RequestSeries, Sizes, TcpReport, TcpSeries};
+use super::labels::{Labels, NodeLabels};
+
 use super::recorder::Process;
+use super::series::{self, Cache, RequestSeries, Sizes, TcpReport, TcpSeries};
 
 /// A number that only grows.
 #[derive(Debug, Default)]
@@ -77,8 +79,10 @@ enum Reading<'a> {
 /// A row of a table: Envoy's name and where the number is.
 struct Cell<T: 'static> {
     name: &'static str,
-    read: fn(&T) -> Reading<'_>,
+    read: Read<T>,
 }
+
+type Read<T> = fn(&T) -> Reading<'_>;
 
 macro_rules! cell_type {
     (counter) => {
@@ -385,8 +389,8 @@ impl Telemetry {
     /// Istio's own families, as Prometheus text.
     pub fn istio_families(&self, out: &mut String) {
         let shards = lock(&self.shards).clone();
-        labels::expose_requests(shards.iter().map(|s| &s.requests), out);
-        labels::expose_tcp(shards.iter().map(|s| &s.connections), out);
+        series::expose_requests(shards.iter().map(|s| &s.requests), out);
+        series::expose_tcp(shards.iter().map(|s| &s.connections), out);
     }
 }
 

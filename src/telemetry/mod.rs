@@ -15,23 +15,27 @@
 //! ```
 
 mod access_log;
+mod clock;
 mod expose;
 mod format;
 mod histogram;
 mod json_log;
 mod labels;
+pub mod logging;
 mod metrics;
 mod operator;
 mod record;
 mod recorder;
+mod series;
 mod sink;
 
 pub use access_log::{AccessLogs, Compare, LogFilter, LogShape, SaidLog};
 pub use expose::{Sample, StatsQuery, Value, render_json, render_prometheus, render_text};
 pub use format::{Format, Operator, Segment};
 pub use histogram::Histogram;
-pub use labels::{Labels, NodeLabels, Protocol, Reporter, Service, Sizes, TcpReport};
+pub use labels::{Labels, NodeLabels, Protocol, Reporter, Service};
 pub use metrics::{ClusterMetrics, Counter, Gauge, HttpMetrics, ListenerMetrics, Shard, TcpMetrics, Telemetry};
 pub use record::{Captured, Headers, Record, RecordKind};
 pub use recorder::{Process, Recorder};
+pub use series::{Sizes, TcpReport};
 pub use sink::{LogOptions, LogSink, Logs};

@@ -269,3 +269,108 @@ impl LogSink {
 fn is_telling(record: &Record<'_>) -> bool {
     record.kind != RecordKind::Conn || !record.flags.is_empty() || !record.downstream_failure.is_empty()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use super::*;
+    use crate::error::Flags;
+    use crate::telemetry::{NodeLabels, Value};
+
+    fn request<'a>() -> Record<'a> {
+        Record { code: 200, path: "/", ..Record::new(RecordKind::Http, SystemTime::UNIX_EPOCH, Duration::ZERO) }
+    }
+
+    fn start(record: &std::path::Path) -> (Logs, Arc<Telemetry>) {
+        let telemetry = Telemetry::new(NodeLabels::default());
+        let options = LogOptions { record: Some(record.to_str().unwrap().to_owned()), default_text: None };
+        (Logs::start(options, &telemetry).unwrap(), telemetry)
+    }
+
+    fn lines(path: &std::path::Path) -> Vec<String> {
+        std::fs::read_to_string(path).unwrap().lines().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn a_record_goes_to_its_logs_and_to_the_record_of_everything() {
+        let dir = tempfile::tempdir().unwrap();
+        let (everything, own) = (dir.path().join("all.json"), dir.path().join("own.log"));
+        let (logs, _) = start(&everything);
+        let said = SaidLog { path: own.to_str().unwrap(), shape: LogShape::Text("%RESPONSE_CODE%\n"), filter: None };
+        let (configured, _) = AccessLogs::compile([said]);
+        let (one, two) = (logs.sink(), logs.sink());
+        one.log(&request(), &configured);
+        two.log(&Record { code: 503, ..request() }, &configured);
+        two.log(&Record { code: 404, ..request() }, &AccessLogs::default());
+        logs.flush();
+        assert_eq!(lines(&own), ["200", "503"]);
+        assert_eq!(lines(&everything).len(), 3);
+        one.log(&request(), &configured);
+        drop(logs);
+        assert_eq!(lines(&own).len(), 3, "what is buffered at the end is written");
+    }
+
+    #[test]
+    fn rotation_goes_on_in_a_new_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, rotated) = (dir.path().join("all.json"), dir.path().join("all.json.1"));
+        let (logs, _) = start(&path);
+        let sink = logs.sink();
+        sink.log(&request(), &AccessLogs::default());
+        logs.flush();
+        std::fs::rename(&path, &rotated).unwrap();
+        logs.reopen();
+        sink.log(&request(), &AccessLogs::default());
+        sink.log(&request(), &AccessLogs::default());
+        drop(logs);
+        // The writer may have run between the two lines, or not.
+        assert_eq!(lines(&path).len() + lines(&rotated).len(), 3);
+        assert!(!lines(&path).is_empty());
+    }
+
+    #[test]
+    fn what_cannot_be_written_is_counted() {
+        let telemetry = Telemetry::new(NodeLabels::default());
+        let logs = Logs::start(LogOptions::default(), &telemetry).unwrap();
+        let said = SaidLog { path: "/nowhere/at/all", shape: LogShape::Default, filter: None };
+        let sink = logs.sink();
+        sink.log(&request(), &AccessLogs::compile([said]).0);
+        drop(logs);
+        let failed =
+            telemetry.process.samples().into_iter().find(|s| s.name == "access_log_write_errors_total").unwrap();
+        assert_eq!(failed.value, Value::Counter(1));
+        assert!(
+            Logs::start(LogOptions { record: Some("/nowhere/x".to_owned()), ..LogOptions::default() }, &telemetry)
+                .is_err()
+        );
+    }
+
+    #[test]
+    fn a_full_buffer_drops_and_counts() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("all.json");
+        let (logs, telemetry) = start(&path);
+        let sink = logs.sink();
+        let long = "x".repeat(FULL / 4);
+        // A stuck writer holds the files.
+        let files = lock(&logs.shared.files);
+        for _ in 0..8 {
+            sink.log(&Record { path: &long, ..request() }, &AccessLogs::default());
+        }
+        drop(files);
+        logs.flush();
+        let dropped = telemetry.process.samples().into_iter().find(|s| s.name == "access_log_dropped_total").unwrap();
+        let Value::Counter(dropped) = dropped.value else { panic!("a counter") };
+        assert_eq!(lines(&path).len() as u64 + dropped, 8);
+        assert!(dropped >= 3, "{dropped}");
+    }
+
+    #[test]
+    fn the_default_text_skips_connections_without_trouble() {
+        let conn = Record::new(RecordKind::Conn, SystemTime::UNIX_EPOCH, Duration::ZERO);
+        assert!(!is_telling(&conn) && is_telling(&request()));
+        assert!(is_telling(&Record { flags: Flags::NR, ..conn }));
+        assert!(is_telling(&Record { downstream_failure: "no certificate", ..conn }));
+    }
+}
