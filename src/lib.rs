@@ -3,6 +3,7 @@
 //! Said → compiled → served: `proxy-config` turns YAML or xDS into a `Model`; [`snapshot`] compiles it into one immutable
 //! snapshot; identical single-threaded [`worker`]s serve it. Imports point down only; `tests/architecture.rs` enforces it.
 
+pub mod admin;
 pub mod app;
 pub mod ca;
 pub mod cli;

@@ -11,7 +11,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("net", &["error"]),
     ("telemetry", &["error"]),
     ("tls", &["net", "error"]),
-    ("snapshot", &["tls", "error"]),
+    ("snapshot", &["tls", "telemetry", "error"]),
     ("upstream", &["snapshot", "tls", "net", "telemetry", "error"]),
     ("proxy", &["upstream", "snapshot", "tls", "net", "telemetry", "drain", "error"]),
     ("worker", &["proxy", "upstream", "snapshot", "tls", "net", "telemetry", "drain", "error"]),
@@ -24,7 +24,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     // `ca` makes up a certificate for questions that no peer will see; a published health is taken back on leaving.
     ("control", &["xds", "dns", "probe", "snapshot", "tls", "telemetry", "ca", "drain", "error"]),
     ("explain", &["control", "upstream", "snapshot", "tls", "telemetry", "error"]),
-    ("admin", &["control", "worker", "upstream", "snapshot", "tls", "telemetry", "drain", "error"]),
+    // `/explain` answers for the configuration that is served.
+    ("admin", &["control", "explain", "worker", "upstream", "snapshot", "tls", "telemetry", "drain", "net", "error"]),
 ];
 
 /// Crate and the only module of the product that may name it.

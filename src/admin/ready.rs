@@ -1,0 +1,41 @@
+//! Whether this proxy should get traffic, and if not, why.
+
+use std::sync::atomic::Ordering;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use super::Admin;
+use crate::drain::Phase;
+
+/// Why not, one reason a line; empty: ready.
+pub fn reasons(admin: &Admin) -> Vec<String> {
+    let mut reasons = Vec::new();
+    match admin.drain.phase() {
+        Phase::Serving => {}
+        Phase::Lame | Phase::Closing | Phase::Gone => reasons.push("leaving".to_owned()),
+    }
+    if admin.failed.load(Ordering::Relaxed) {
+        reasons.push("failed by /healthcheck/fail".to_owned());
+    }
+    if admin.workers.is_empty() {
+        reasons.push("workers have not yet started".to_owned());
+    }
+    reasons.extend(admin.now().unready(unix_now()));
+    reasons
+}
+
+/// Waits for the first moment without a reason.
+pub async fn wait_until_ready(admin: &Admin) {
+    let mut published = admin.published.clone();
+    while !reasons(admin).is_empty() {
+        if published.changed().await.is_err() {
+            // Nobody publishes any more, so it will not become ready.
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+/// Seconds since 1970.
+pub(super) fn unix_now() -> i64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+}
