@@ -5,12 +5,17 @@
 //!
 //! This crate does no I/O and names no runtime: texts and bytes go in, a model and rejects come out.
 
+pub mod bootstrap;
 pub mod compile;
+pub mod diff;
 pub mod istio;
+pub mod k8s;
 mod load;
 pub mod model;
+mod objects;
 pub mod registry;
 pub mod xds;
+mod yaml;
 
 pub use load::{AutoEntry, Inputs, Loaded, Source, Store, WhoAmI, from_yaml, validate};
 pub use model::{Model, Name, Reject, Severity};

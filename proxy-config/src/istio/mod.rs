@@ -8,4 +8,8 @@ pub mod mesh_networks;
 pub mod peer_authentication;
 pub mod proxy_config;
 pub mod request_authentication;
+pub mod service_entry;
+pub mod sidecar;
 pub mod virtual_service;
+pub mod workload_entry;
+pub mod workload_group;

@@ -2,6 +2,12 @@
 //!
 //! The registry is built from loaded objects and asked by `compile`; it knows nothing of listeners or clusters.
 
+pub(crate) mod catalog;
+pub(crate) mod names;
+pub(crate) mod services;
+pub(crate) mod targets;
+pub(crate) mod workload;
+
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -118,7 +124,7 @@ pub enum Provider {
 pub struct Service {
     /// FQDN.
     pub hostname: String,
-    /// Object name.
+    /// Object name; of a ServiceEntry the host, as istiod has it.
     pub name: String,
     /// Object namespace.
     pub namespace: String,
@@ -216,4 +222,9 @@ pub struct ServiceTarget {
     pub port: ServicePort,
     /// Port of the application.
     pub target_port: u16,
+}
+
+/// `spiffe://DOMAIN/ns/NAMESPACE/sa/ACCOUNT`.
+pub(crate) fn spiffe_id(trust_domain: &str, namespace: &str, account: &str) -> String {
+    format!("spiffe://{trust_domain}/ns/{namespace}/sa/{account}")
 }

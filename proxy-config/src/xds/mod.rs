@@ -26,6 +26,8 @@ mod messages;
 mod names;
 mod network_filter;
 mod rbac;
+#[cfg(test)]
+mod robustness;
 mod route;
 mod route_action;
 mod tls;

@@ -1,0 +1,215 @@
+//! One compilation: objects of one moment, one proxy, one model.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use super::identity::{self, Identity};
+use crate::bootstrap::Node;
+use crate::compile::destination_rules::{self, DestinationRules};
+use crate::compile::policies::TokenPolicy;
+use crate::compile::view::{OutboundPolicy, Policies, Settings, View};
+use crate::compile::virtual_services::{self, Routes};
+use crate::compile::{assemble, authz, authz_provider, clusters, peer_auth, policies, settings};
+use crate::istio::mesh_config::OutboundMode;
+use crate::istio::sidecar::Sidecar;
+use crate::model::{Model, Reject, Severity};
+use crate::objects::{Object, Objects};
+use crate::registry::catalog::Catalog;
+use crate::registry::{Proxy, Service, names, services, targets};
+
+/// Domain of Kubernetes Services.
+const DOMAIN: &str = "cluster.local";
+
+/// A compiled model and whom it is for.
+pub(super) struct Compiled {
+    pub(super) model: Model,
+    pub(super) identity: Identity,
+}
+
+/// Compiles `objects` for the proxy that `node` describes.
+///
+/// # Errors
+/// The proxy's identity cannot be found.
+pub(super) fn compile(objects: &Objects, node: &Node, told_enough: bool) -> Result<Compiled, String> {
+    let cluster = node.text("CLUSTER_ID");
+    let cluster = if cluster.is_empty() { "Kubernetes" } else { &cluster };
+    let catalog = Catalog::new(objects, DOMAIN, trust_domain(objects), cluster);
+    let identity = identity::identify(node, objects, &catalog, told_enough)?;
+    let mut model = Model::default();
+    fill(objects, &catalog, &identity, &mut model);
+    Ok(Compiled { model, identity })
+}
+
+/// The mesh's trust domain.
+pub(super) fn trust_domain(objects: &Objects) -> &str {
+    let said = objects.mesh.trust_domain.as_str();
+    if said.is_empty() { DOMAIN } else { said }
+}
+
+fn fill(objects: &Objects, catalog: &Catalog<'_>, identity: &Identity, model: &mut Model) {
+    let (mesh, proxy) = (&objects.mesh, &identity.proxy);
+    let config = settings::proxy_config(mesh, proxy);
+    let mut settings = settings::settings(mesh, &config, proxy, &mut model.rejects);
+    apply_sidecar(objects, proxy, &mut settings, &mut model.rejects);
+    let visible = services::visible(&catalog.services, &proxy.namespace, &mesh.default_service_export_to);
+    let targets = targets::targets(catalog, &identity.me, proxy);
+    let routes = routes(objects, proxy, &mut model.rejects);
+    let peers = peer_policies(objects);
+    let mtls = peer_auth::effective(&peers, &settings.root_namespace, &proxy.namespace, &proxy.labels);
+    let policies = policies_of(objects, proxy, &settings, &catalog.services, &mut model.rejects);
+    let sources: Vec<destination_rules::Source<'_>> = objects
+        .destination_rules
+        .iter()
+        .map(|o| destination_rules::Source { namespace: &o.meta.namespace, name: &o.meta.name, spec: &o.spec })
+        .collect();
+    let rules = DestinationRules::new(&sources, &visible, proxy, &settings, &mesh.default_destination_rule_export_to);
+    let view = View {
+        proxy,
+        mesh: &settings,
+        services: &visible,
+        targets: &targets,
+        virtual_services: &routes,
+        mtls: &mtls,
+        policies: &policies,
+        rules: &|host, port, subset| destination_rules::rules_of(&rules, host, port, subset),
+        endpoints: &|service, port| catalog.endpoints(service, port),
+    };
+    assemble::fill(&view, model);
+    let inputs = clusters::Inputs { rules: &rules, mesh, peer_policies: &peers, networks: &objects.networks };
+    clusters::fill(&view, inputs, model);
+    model.names = names::names(catalog, &visible, proxy);
+}
+
+fn routes(objects: &Objects, proxy: &Proxy, rejects: &mut Vec<Reject>) -> Vec<Routes> {
+    let sources: Vec<virtual_services::Source<'_>> = objects
+        .virtual_services
+        .iter()
+        .map(|o| virtual_services::Source { namespace: &o.meta.namespace, name: &o.meta.name, spec: &o.spec })
+        .collect();
+    let export = &objects.mesh.default_virtual_service_export_to;
+    virtual_services::visible(&sources, &proxy.namespace, DOMAIN, export, rejects)
+}
+
+fn peer_policies(objects: &Objects) -> Vec<peer_auth::Policy<'_>> {
+    objects
+        .peer_authentications
+        .iter()
+        .map(|o| peer_auth::Policy { namespace: &o.meta.namespace, name: &o.meta.name, spec: &o.spec })
+        .collect()
+}
+
+fn policies_of(
+    objects: &Objects,
+    proxy: &Proxy,
+    settings: &Settings,
+    services: &[Arc<Service>],
+    rejects: &mut Vec<Reject>,
+) -> Policies {
+    let knows = |host: &str, namespace: Option<&str>| {
+        services.iter().any(|s| s.hostname == host && namespace.is_none_or(|n| n == s.namespace))
+    };
+    let providers = authz_provider::valid(&objects.mesh.extension_providers, &knows);
+    let workload = authz::Workload {
+        namespace: &proxy.namespace,
+        labels: &proxy.labels,
+        root_namespace: &settings.root_namespace,
+        domains: &settings.trust_domains,
+        providers: &providers,
+    };
+    let tokens: Vec<TokenPolicy<'_>> = objects
+        .request_authentications
+        .iter()
+        .map(|o| TokenPolicy { namespace: &o.meta.namespace, name: &o.meta.name, spec: &o.spec })
+        .collect();
+    let mut out = policies::compile(&authz_policies(objects), &tokens, &workload, rejects);
+    let broken = |b: &&crate::objects::Broken| b.selects(&proxy.namespace, &settings.root_namespace, &proxy.labels);
+    if let Some(broken) = objects.broken.iter().find(broken) {
+        out.unusable.get_or_insert_with(|| broken.resource.clone());
+    }
+    out
+}
+
+/// AuthorizationPolicies with their dry-run mark.
+fn authz_policies(objects: &Objects) -> Vec<authz::Policy<'_>> {
+    objects
+        .authorization_policies
+        .iter()
+        .map(|o| authz::Policy {
+            namespace: &o.meta.namespace,
+            name: &o.meta.name,
+            dry_run: o.meta.annotations.get("istio.io/dry-run").is_some_and(|v| v == "true"),
+            spec: &o.spec,
+        })
+        .collect()
+}
+
+/// The Sidecar that holds for the proxy: its own namespace's with a matching selector, then without, then the root's.
+fn sidecar<'o>(objects: &'o Objects, proxy: &Proxy, root: &str) -> Option<&'o Object<Sidecar>> {
+    let own = || objects.sidecars.iter().filter(|s| s.meta.namespace == proxy.namespace);
+    let selector = |s: &Object<Sidecar>| s.spec.workload_selector.as_ref().filter(|s| !s.labels.is_empty()).cloned();
+    own()
+        .find(|s| selector(s).is_some_and(|l| l.selects(&proxy.labels)))
+        .or_else(|| own().find(|s| selector(s).is_none()))
+        .or_else(|| objects.sidecars.iter().find(|s| s.meta.namespace == root && selector(s).is_none()))
+}
+
+/// What is served of a Sidecar is its policy for unknown traffic; the rest is told.
+fn apply_sidecar(objects: &Objects, proxy: &Proxy, settings: &mut Settings, rejects: &mut Vec<Reject>) {
+    let Some(object) = sidecar(objects, proxy, &settings.root_namespace) else { return };
+    let mut tell = |field: &str, reason: &str| {
+        rejects.push(Reject {
+            resource: format!("Sidecar {}/{}", object.meta.namespace, object.meta.name),
+            place: None,
+            field: field.to_owned(),
+            reason: reason.to_owned(),
+            severity: Severity::Error,
+            code: None,
+        });
+    };
+    if let Some(policy) = &object.spec.outbound_traffic_policy {
+        settings.outbound = match (&policy.egress_proxy, policy.mode) {
+            (Some(proxy), _) => OutboundPolicy::EgressProxy(proxy.clone()),
+            (None, OutboundMode::RegistryOnly) => OutboundPolicy::RegistryOnly,
+            (None, OutboundMode::AllowAny | OutboundMode::AllowAnyDynamicDns) => OutboundPolicy::AllowAny,
+        };
+    }
+    let everything = |hosts: &[String]| hosts.iter().any(|h| h == "*/*");
+    if object.spec.egress.iter().any(|e| e.port.is_some() || !everything(&e.hosts)) {
+        tell("spec.egress", "scoping is not supported yet: every service that is exported is seen");
+    }
+    if !object.spec.ingress.is_empty() {
+        tell("spec.ingress", "own inbound ports are not supported yet: those of the Services hold");
+    }
+    if object.spec.inbound_connection_pool.is_some() {
+        tell("spec.inboundConnectionPool", "inbound pool limits of a Sidecar are not supported yet");
+    }
+}
+
+/// What is wrong with objects whatever proxy they are for: every VirtualService and every policy by itself.
+pub(super) fn check(objects: &Objects) -> Vec<Reject> {
+    let mut out = Vec::new();
+    let mut namespaces: BTreeSet<&str> = BTreeSet::new();
+    namespaces.extend(objects.virtual_services.iter().map(|o| o.meta.namespace.as_str()));
+    let mut seen = Vec::new();
+    for namespace in namespaces {
+        let proxy = Proxy { namespace: namespace.to_owned(), ..Proxy::default() };
+        for routes in routes(objects, &proxy, &mut out) {
+            if !seen.contains(&(routes.namespace.clone(), routes.name.clone())) {
+                seen.push((routes.namespace.clone(), routes.name.clone()));
+                out.extend(crate::compile::virtual_service_check::check(&routes));
+            }
+        }
+    }
+    let services = crate::registry::services::services(objects, DOMAIN, trust_domain(objects));
+    for policy in &objects.authorization_policies {
+        let selector = policy.spec.selector.clone().unwrap_or_default();
+        let proxy =
+            Proxy { namespace: policy.meta.namespace.clone(), labels: selector.match_labels, ..Proxy::default() };
+        let config = settings::proxy_config(&objects.mesh, &proxy);
+        let settings = settings::settings(&objects.mesh, &config, &proxy, &mut Vec::new());
+        policies_of(objects, &proxy, &settings, &services, &mut out);
+    }
+    let proxy = Proxy::default();
+    settings::settings(&objects.mesh, &settings::proxy_config(&objects.mesh, &proxy), &proxy, &mut out);
+    out
+}
