@@ -7,8 +7,9 @@ use std::sync::Arc;
 use super::workload::{self, Place, Ports, Workload};
 use super::{Provider, Resolution, Service, ServiceEndpoint, ServicePort, TargetPort, services, spiffe_id};
 use crate::istio::service_entry::{self, ServiceEntry};
+use crate::istio::workload_entry::WorkloadEntry;
 use crate::k8s::{EndpointSlice, SliceEndpoint};
-use crate::model::{Address, HealthStatus, Locality};
+use crate::model::{Address, HealthStatus};
 use crate::objects::{Object, Objects};
 
 /// Services and workloads, ready to be asked.
@@ -93,7 +94,7 @@ impl<'o> Catalog<'o> {
                     && selects(&service.selector, &entry.labels)
                     && let Some(number) = target_port(port, &entry.ports)
                 {
-                    out.push(self.endpoint(entry, &entry.addresses[0], number, port, health(entry.healthy)));
+                    out.push(self.endpoint(entry, &entry.addresses[0], number, port, of_workload(entry)));
                 }
             }
         }
@@ -176,14 +177,17 @@ impl<'o> Catalog<'o> {
             for workload in self.entries.iter().chain(&self.pods).filter(|w| w.namespace == service.namespace) {
                 if selector.selects(&workload.labels) {
                     let number = workload.named_port(&port.name).unwrap_or(number);
-                    let health = health_of_selected(workload);
+                    let health = of_workload(workload);
                     out.push(self.endpoint(workload, &workload.addresses[0], number, port, health));
                 }
             }
             return;
         }
+        // A DNS service without endpoints is its own endpoint, in plaintext.
         if spec.endpoints.is_empty() && is_dns(spec.resolution) {
-            out.push(by_host(service, port, number));
+            let mut itself = workload::from_entry(&WorkloadEntry::default(), &entry.meta.namespace, &entry.meta.name);
+            itself.addresses = vec![service.hostname.clone()];
+            out.push(self.endpoint(&itself, &itself.addresses[0], number, port, HealthStatus::Unknown));
         }
         for (index, endpoint) in spec.endpoints.iter().enumerate() {
             let name = format!("{}-{index}", entry.meta.name);
@@ -296,30 +300,11 @@ fn health(good: bool) -> HealthStatus {
     if good { HealthStatus::Healthy } else { HealthStatus::Unhealthy }
 }
 
-/// Of what a ServiceEntry selects nobody has said that it is healthy.
-fn health_of_selected(workload: &Workload) -> HealthStatus {
+/// Of an entry nobody has said that it is healthy, only that it is not.
+fn of_workload(workload: &Workload) -> HealthStatus {
     match workload.ports {
         Ports::Entry(_) if workload.healthy => HealthStatus::Unknown,
         Ports::Pod(_) | Ports::Entry(_) => health(workload.healthy),
-    }
-}
-
-/// A DNS service without endpoints is its own endpoint, in plaintext.
-fn by_host(service: &Service, port: &ServicePort, number: u16) -> ServiceEndpoint {
-    ServiceEndpoint {
-        address: to_address(&service.hostname, number),
-        service_port: port.name.clone(),
-        labels: BTreeMap::new(),
-        service_account: String::new(),
-        locality: Locality::default(),
-        network: String::new(),
-        weight: 1,
-        mtls: false,
-        health: HealthStatus::Unknown,
-        workload: String::new(),
-        namespace: String::new(),
-        node_name: String::new(),
-        hostname: String::new(),
     }
 }
 

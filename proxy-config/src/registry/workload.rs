@@ -156,6 +156,9 @@ pub(crate) fn entries(objects: &Objects, cluster: &str) -> Vec<Workload> {
         let spec = WorkloadEntry { labels, ..e.spec.spec.clone() };
         let mut workload = from_entry(&spec, &e.meta.namespace, &e.meta.name);
         workload.healthy = e.spec.healthy;
+        if let Some(group) = e.meta.annotations.get("istio.io/autoRegistrationGroup") {
+            workload.name.clone_from(group);
+        }
         find_network(&mut workload, objects, cluster);
         workload
     };
