@@ -33,7 +33,7 @@ pub struct Inputs<'a> {
 
 /// Adds every cluster and every load assignment that a cluster asks for, and tells what cannot be served as said.
 pub fn fill(view: &View<'_>, inputs: Inputs<'_>, model: &mut Model) {
-    for service in view.services {
+    for service in view.reachable() {
         cluster_outbound::add(view, inputs, service, model);
     }
     let fixed = [black_hole(inputs), passthrough(view, inputs), inbound_passthrough(view, inputs)];

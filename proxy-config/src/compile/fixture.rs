@@ -103,6 +103,7 @@ impl Mesh {
             proxy: &self.proxy,
             mesh: &self.settings,
             services: &self.services,
+            dependencies: &[],
             targets: &self.targets,
             virtual_services: &self.virtual_services,
             mtls: &self.mtls,

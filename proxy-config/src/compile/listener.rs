@@ -5,7 +5,7 @@
 //! first bytes, and of two chains with the same match the older service's stays.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use super::inbound::{self, plaintext_http};
@@ -241,6 +241,11 @@ fn finish(view: &View<'_>, (bind, port): (String, u16), entry: Entry) -> Listene
     if needs_http {
         listener.listener_filters.push(inspector(ListenerFilterKind::HttpInspector));
         listener.listener_filters_timeout = view.mesh.detection_timeout;
+    }
+    // A network is listened for on the wildcard addresses of every family that the proxy has.
+    let networks = entry.drafts.iter().any(|d| !d.cidrs.is_empty());
+    if networks && view.proxy.ips.iter().any(IpAddr::is_ipv4) && view.proxy.ips.iter().any(IpAddr::is_ipv6) {
+        listener.additional_addresses = vec![Address::Socket((Ipv6Addr::UNSPECIFIED, port).into())];
     }
     listener.filter_chains = chains;
     listener.default_filter_chain = default;

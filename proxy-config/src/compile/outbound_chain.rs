@@ -241,7 +241,7 @@ fn complete(protocol: Protocol, proxy: TcpProxy) -> Vec<NetworkFilter> {
 
 /// Cluster of a destination: the port said, else the service's only one, else the listener's.
 pub(super) fn cluster(view: &View<'_>, d: &Destination, listener_port: u16) -> String {
-    let service = view.services.iter().find(|s| s.hostname == d.host);
+    let service = view.reachable().find(|s| s.hostname == d.host);
     let host = service.and_then(|s| s.external_name.as_deref()).unwrap_or(&d.host);
     let only = service.and_then(|s| if let [only] = s.ports.as_slice() { Some(only.number) } else { None });
     let port = d.port.map(|p| p.number).or(only).unwrap_or(listener_port);

@@ -20,6 +20,8 @@ pub struct View<'a> {
     pub mesh: &'a Settings,
     /// Services that the proxy may call, in istiod's order (oldest first).
     pub services: &'a [Arc<Service>],
+    /// Services that only routes lead to: they have clusters, but neither listeners nor routes of their own.
+    pub dependencies: &'a [Arc<Service>],
     /// Service ports that the proxy itself serves, oldest service first.
     pub targets: &'a [ServiceTarget],
     /// VirtualServices of the mesh gateway that the proxy sees, in order of precedence.
@@ -35,6 +37,11 @@ pub struct View<'a> {
 }
 
 impl View<'_> {
+    /// Every service that a route may lead to.
+    pub(super) fn reachable(&self) -> impl Iterator<Item = &Arc<Service>> {
+        self.services.iter().chain(self.dependencies)
+    }
+
     /// Whether the proxy itself needs the port on the wildcard address.
     pub(super) fn is_reserved(&self, port: u16) -> bool {
         port == self.mesh.outbound_port || port == self.mesh.inbound_port || self.mesh.reserved_ports.contains(&port)

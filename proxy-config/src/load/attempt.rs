@@ -15,6 +15,7 @@ use crate::istio::sidecar::Sidecar;
 use crate::model::{Model, Reject, Severity};
 use crate::objects::{Object, Objects};
 use crate::registry::catalog::Catalog;
+use crate::registry::scope::{self, Scope};
 use crate::registry::{Proxy, Service, names, services, targets};
 
 /// Domain of Kubernetes Services.
@@ -50,10 +51,14 @@ fn fill(objects: &Objects, catalog: &Catalog<'_>, identity: &Identity, model: &m
     let (mesh, proxy) = (&objects.mesh, &identity.proxy);
     let config = settings::proxy_config(mesh, proxy);
     let mut settings = settings::settings(mesh, &config, proxy, &mut model.rejects);
-    apply_sidecar(objects, proxy, &mut settings, &mut model.rejects);
-    let visible = services::visible(&catalog.services, &proxy.namespace, &mesh.default_service_export_to);
+    let scope = apply_sidecar(objects, proxy, &mut settings, &mut model.rejects);
+    let (namespace, export) = (proxy.namespace.as_str(), mesh.default_service_export_to.as_slice());
+    let visible = services::visible(&catalog.services, namespace, export, &scope);
     let targets = targets::targets(catalog, &identity.me, proxy);
-    let routes = routes(objects, proxy, &mut model.rejects);
+    let mut routes = routes(objects, proxy, &mut model.rejects);
+    routes.retain(|r| scope.virtual_service(&r.namespace, &r.spec.hosts));
+    let exported = services::visible(&catalog.services, namespace, export, &Scope::default());
+    let dependencies = scope::dependencies(&exported, &visible, routes.iter().map(|r| &r.spec), namespace);
     let peers = peer_policies(objects);
     let mtls = peer_auth::effective(&peers, &settings.root_namespace, &proxy.namespace, &proxy.labels);
     let policies = policies_of(objects, proxy, &settings, &catalog.services, &mut model.rejects);
@@ -62,11 +67,12 @@ fn fill(objects: &Objects, catalog: &Catalog<'_>, identity: &Identity, model: &m
         .iter()
         .map(|o| destination_rules::Source { namespace: &o.meta.namespace, name: &o.meta.name, spec: &o.spec })
         .collect();
-    let rules = DestinationRules::new(&sources, &visible, proxy, &settings, &mesh.default_destination_rule_export_to);
+    let rules = DestinationRules::new(&sources, &reachable, proxy, &settings, &mesh.default_destination_rule_export_to);
     let view = View {
         proxy,
         mesh: &settings,
         services: &visible,
+        dependencies: &dependencies,
         targets: &targets,
         virtual_services: &routes,
         mtls: &mtls,
@@ -77,7 +83,7 @@ fn fill(objects: &Objects, catalog: &Catalog<'_>, identity: &Identity, model: &m
     assemble::fill(&view, model);
     let inputs = clusters::Inputs { rules: &rules, mesh, peer_policies: &peers, networks: &objects.networks };
     clusters::fill(&view, inputs, model);
-    model.names = names::names(catalog, &visible, proxy);
+    model.names = names::names(catalog, &reachable, proxy);
 }
 
 fn routes(objects: &Objects, proxy: &Proxy, rejects: &mut Vec<Reject>) -> Vec<Routes> {
@@ -153,9 +159,9 @@ fn sidecar<'o>(objects: &'o Objects, proxy: &Proxy, root: &str) -> Option<&'o Ob
         .or_else(|| objects.sidecars.iter().find(|s| s.meta.namespace == root && selector(s).is_none()))
 }
 
-/// What is served of a Sidecar is its policy for unknown traffic; the rest is told.
-fn apply_sidecar(objects: &Objects, proxy: &Proxy, settings: &mut Settings, rejects: &mut Vec<Reject>) {
-    let Some(object) = sidecar(objects, proxy, &settings.root_namespace) else { return };
+/// What a Sidecar lets the proxy see, and its policy for unknown traffic; what is not served of it is told.
+fn apply_sidecar(objects: &Objects, proxy: &Proxy, settings: &mut Settings, rejects: &mut Vec<Reject>) -> Scope {
+    let Some(object) = sidecar(objects, proxy, &settings.root_namespace) else { return Scope::default() };
     let mut tell = |field: &str, reason: &str| {
         rejects.push(Reject {
             resource: format!("Sidecar {}/{}", object.meta.namespace, object.meta.name),
@@ -173,9 +179,8 @@ fn apply_sidecar(objects: &Objects, proxy: &Proxy, settings: &mut Settings, reje
             (None, OutboundMode::AllowAny | OutboundMode::AllowAnyDynamicDns) => OutboundPolicy::AllowAny,
         };
     }
-    let everything = |hosts: &[String]| hosts.iter().any(|h| h == "*/*");
-    if object.spec.egress.iter().any(|e| e.port.is_some() || !everything(&e.hosts)) {
-        tell("spec.egress", "scoping is not supported yet: every service that is exported is seen");
+    if object.spec.egress.iter().any(|e| e.port.is_some()) {
+        tell("spec.egress", "listeners of their own ports are not supported yet: their hosts are seen on every port");
     }
     if !object.spec.ingress.is_empty() {
         tell("spec.ingress", "own inbound ports are not supported yet: those of the Services hold");
@@ -183,6 +188,7 @@ fn apply_sidecar(objects: &Objects, proxy: &Proxy, settings: &mut Settings, reje
     if object.spec.inbound_connection_pool.is_some() {
         tell("spec.inboundConnectionPool", "inbound pool limits of a Sidecar are not supported yet");
     }
+    Scope::new(&object.spec.egress, &proxy.namespace)
 }
 
 /// What is wrong with objects whatever proxy they are for: every VirtualService and every policy by itself.

@@ -4,6 +4,7 @@
 
 pub(crate) mod catalog;
 pub(crate) mod names;
+pub(crate) mod scope;
 pub(crate) mod services;
 pub(crate) mod targets;
 pub(crate) mod workload;

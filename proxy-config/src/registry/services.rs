@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::scope::Scope;
 use super::{Protocol, Provider, Resolution, Service, ServicePort, TargetPort};
 use crate::istio::service_entry::{self, Location, ServiceEntry};
 use crate::k8s::{self, IntOrString, ServiceSpec};
@@ -181,10 +182,16 @@ fn address(text: &str) -> Option<String> {
 
 /// Services that a namespace sees: private ones, those exported to it, then public ones, each oldest first. A host is
 /// seen once, from Kubernetes before all others.
-pub(crate) fn visible(all: &[Arc<Service>], namespace: &str, default_export: &[String]) -> Vec<Arc<Service>> {
+pub(crate) fn visible(
+    all: &[Arc<Service>],
+    namespace: &str,
+    default_export: &[String],
+    scope: &Scope,
+) -> Vec<Arc<Service>> {
     let mut out: Vec<Arc<Service>> = Vec::new();
     for wanted in [Reach::Private, Reach::Exported, Reach::Public] {
-        for service in all.iter().filter(|s| reach(s, namespace, default_export) == Some(wanted)) {
+        let reached = all.iter().filter(|s| reach(s, namespace, default_export) == Some(wanted));
+        for service in reached.filter(|s| scope.service(s)) {
             match out.iter_mut().find(|s| s.hostname == service.hostname) {
                 None => out.push(Arc::clone(service)),
                 Some(known) if known.provider > service.provider => *known = Arc::clone(service),
@@ -274,9 +281,9 @@ mod tests {
             named_service("a", "k", Provider::Kubernetes, &[]),
             named_service("e", "n", Provider::External, &["~"]),
         ];
-        let seen = visible(&all, "n", &[]);
+        let seen = visible(&all, "n", &[], &Scope::default());
         let names: Vec<(&str, &str)> = seen.iter().map(|s| (s.hostname.as_str(), s.namespace.as_str())).collect();
         assert_eq!(names, [("d", "n"), ("c", "m"), ("a", "k")]);
-        assert_eq!(visible(&all, "z", &[".".to_owned()]).len(), 0);
+        assert_eq!(visible(&all, "z", &[".".to_owned()], &Scope::default()).len(), 0);
     }
 }
