@@ -32,16 +32,23 @@ fn cluster(view: &View<'_>, inputs: Inputs<'_>, port: u16, targets: &[&ServiceTa
     let first = targets[0];
     let name = format!("inbound|{port}||");
     let localhost = inputs.mesh.inbound_traffic_policy.unwrap_or_default().mode == InboundMode::Localhost;
-    let kind = if localhost { ClusterKind::Static(local(view, &name, port)) } else { ClusterKind::OriginalDst };
+    let ingress = first.ingress.as_deref();
+    let endpoint = match ingress {
+        Some(ingress) => ingress.endpoint.clone(),
+        None => localhost.then(|| loopback(view, port)),
+    };
+    let kind = endpoint.as_ref().map_or(ClusterKind::OriginalDst, |e| ClusterKind::Static(only(&name, e)));
     let mut base = bare(inputs, &name, kind);
-    base.source_address = (!localhost).then(|| magic_source(view));
+    // What comes from the loopback address needs no mark to be let through uncaptured.
+    let near = matches!(&endpoint, Some(Address::Socket(address)) if address.ip().is_loopback());
+    base.source_address = (!near).then(|| magic_source(view));
     let pattern = &inputs.mesh.inbound_cluster_stat_name;
     if !pattern.is_empty() {
         base.alt_stat_name = format!("{};", stat_name(pattern, &first.service, &first.port, "", port));
     }
     let rule = inputs.rules.inbound(&first.service.hostname);
     let said = rule.and_then(|r| r.spec.traffic_policy.as_ref());
-    if !first.service.mesh_external {
+    if !first.service.mesh_external && ingress.is_none_or(|i| i.served) {
         base.istio.config = rule.filter(|_| said.is_some()).map(|r| r.config_path());
         for target in targets.iter().filter(|t| t.port.number == first.port.number) {
             let entry = service_entry(&target.service);
@@ -54,16 +61,22 @@ fn cluster(view: &View<'_>, inputs: Inputs<'_>, port: u16, targets: &[&ServiceTa
         said.map(|p| on_port(p, first.port.number).0).unwrap_or_default();
     let default = inputs.mesh.default_traffic_policy.as_ref().and_then(|p| p.connection_pool.as_ref());
     let mut draft = Draft::new(base, first.port.protocol, view.mesh.headers.preserve_case);
-    draft.pool(inputs, connection_pool.as_ref().or(default), retry_budget);
+    let own = ingress.and_then(|i| i.pool.as_ref()).or(view.mesh.inbound_pool.as_ref());
+    draft.pool(inputs, own.or(connection_pool.as_ref()).or(default), retry_budget);
     draft.finish()
 }
 
 /// The application at the loopback address.
-fn local(view: &View<'_>, name: &str, port: u16) -> Endpoints {
+fn loopback(view: &View<'_>, port: u16) -> Address {
     let only_v6 = !view.proxy.ips.is_empty() && view.proxy.ips.iter().all(IpAddr::is_ipv6);
     let ip = if only_v6 { IpAddr::V6(Ipv6Addr::LOCALHOST) } else { IpAddr::V4(Ipv4Addr::LOCALHOST) };
+    Address::Socket((ip, port).into())
+}
+
+/// A load assignment of one address.
+fn only(name: &str, address: &Address) -> Endpoints {
     let endpoint = Endpoint {
-        address: Address::Socket((ip, port).into()),
+        address: address.clone(),
         health: HealthStatus::Unknown,
         weight: 1,
         transport_labels: BTreeMap::new(),

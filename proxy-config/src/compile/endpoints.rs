@@ -148,6 +148,7 @@ fn one(site: &Site<'_>, endpoint: &ServiceEndpoint, said: Option<TlsMode>) -> En
 
 /// `name;namespace;canonical service;revision;cluster`.
 fn workload(endpoint: &ServiceEndpoint, cluster: &str) -> String {
+    let cluster = endpoint.labels.get("topology.istio.io/cluster").map_or(cluster, String::as_str);
     let label = |names: [&str; 3]| names.into_iter().find_map(|n| endpoint.labels.get(n)).map(String::as_str);
     let service = label(["service.istio.io/canonical-name", "app.kubernetes.io/name", "app"]);
     let revision = label(["service.istio.io/canonical-revision", "app.kubernetes.io/version", "version"]);

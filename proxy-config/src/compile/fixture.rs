@@ -68,7 +68,7 @@ impl Mesh {
             .services
             .iter()
             .flat_map(|s| s.ports.iter().map(|p| (Arc::clone(s), p.clone())))
-            .map(|(service, port)| ServiceTarget { service, target_port: port.number, port })
+            .map(|(service, port)| ServiceTarget { service, target_port: port.number, port, ingress: None })
             .collect();
     }
 

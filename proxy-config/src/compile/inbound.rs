@@ -35,6 +35,8 @@ struct Target<'a> {
     protocol: Protocol,
     /// Host of the service, for traces.
     host: &'a str,
+    /// Address in the names of its chains.
+    bind: &'a str,
 }
 
 /// One chain of a port, before its filters.
@@ -108,7 +110,8 @@ fn served<'a>(view: &View<'a>) -> BTreeMap<u16, Target<'a>> {
             port: Some(t.target_port),
             service_port: t.port.number,
             protocol: t.port.protocol,
-            host: &t.service.hostname,
+            host: t.ingress.as_ref().map_or(&t.service.hostname, |i| &i.host),
+            bind: t.ingress.as_ref().map_or("", |i| &i.bind),
         });
     }
     out
@@ -132,8 +135,14 @@ fn passthrough(view: &View<'_>, served: &BTreeMap<u16, Target<'_>>) -> Vec<Filte
     let declared: BTreeSet<u16> = view.targets.iter().map(|t| t.target_port).collect();
     let own = view.mtls.ports.keys().filter(|p| !declared.contains(p) && !served.contains_key(p));
     let ports = std::iter::once(None).chain(own.map(|p| Some(*p)));
-    let target =
-        |port| Target { cluster: PASSTHROUGH.to_owned(), port, service_port: 0, protocol: Protocol::Auto, host: "" };
+    let target = |port| Target {
+        cluster: PASSTHROUGH.to_owned(),
+        port,
+        service_port: 0,
+        protocol: Protocol::Auto,
+        host: "",
+        bind: "",
+    };
     ports.flat_map(|p| chains(view, &target(p), p.map_or(view.mtls.mode, |p| view.mtls.port(p)))).collect()
 }
 
@@ -188,7 +197,10 @@ fn chain_name(view: &View<'_>, target: &Target<'_>, http: bool) -> String {
     match (target.cluster == PASSTHROUGH, http) {
         (true, true) => "virtualInbound-catchall-http".to_owned(),
         (true, false) => "virtualInbound".to_owned(),
-        (false, _) => format!("{}_{}", wildcard(view.proxy), target.port.unwrap_or_default()),
+        (false, _) if target.bind.is_empty() => {
+            format!("{}_{}", wildcard(view.proxy), target.port.unwrap_or_default())
+        }
+        (false, _) => format!("{}_{}", target.bind, target.port.unwrap_or_default()),
     }
 }
 

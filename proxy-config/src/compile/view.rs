@@ -7,6 +7,7 @@ use std::time::Duration;
 use super::peer_auth;
 use super::trust_domain::TrustDomains;
 use super::virtual_services::Routes;
+use crate::istio::destination_rule::ConnectionPool;
 use crate::istio::virtual_service::{Destination, HttpRetry};
 use crate::model::{AccessLog, EscapedSlashes, HashPolicy, HttpFilter, Rbac, ServerHeader, TlsVersion, Tracing};
 use crate::model::{ClientCertDetails, ForwardClientCert};
@@ -153,6 +154,8 @@ pub struct Settings {
     pub outbound_exact_balance: bool,
     /// `proxyHeaders` of ProxyConfig.
     pub headers: ProxyHeaders,
+    /// Pool limits of every inbound port, as the Sidecar says.
+    pub inbound_pool: Option<ConnectionPool>,
     /// Ports that the proxy serves itself and no service may take (15021, 15090, admin).
     pub reserved_ports: Vec<u16>,
 }
@@ -232,6 +235,7 @@ impl Default for Settings {
             inbound_exact_balance: false,
             outbound_exact_balance: false,
             headers: ProxyHeaders::default(),
+            inbound_pool: None,
             reserved_ports: vec![15021, 15090],
         }
     }

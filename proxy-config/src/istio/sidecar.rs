@@ -3,6 +3,7 @@
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::destination_rule::ConnectionPool;
 use super::mesh_config::OutboundTrafficPolicy;
 use super::service_entry::{LabelSelector, Port};
 
@@ -19,7 +20,7 @@ pub struct Sidecar {
     /// Traffic that no service explains.
     pub outbound_traffic_policy: Option<OutboundTrafficPolicy>,
     /// Pool limits of every inbound port.
-    pub inbound_connection_pool: Option<Value>,
+    pub inbound_connection_pool: Option<ConnectionPool>,
 }
 
 /// `IstioIngressListener`.
@@ -37,7 +38,7 @@ pub struct Ingress {
     /// TLS that the proxy ends.
     pub tls: Option<Value>,
     /// Pool limits.
-    pub connection_pool: Option<Value>,
+    pub connection_pool: Option<ConnectionPool>,
 }
 
 /// `IstioEgressListener`.

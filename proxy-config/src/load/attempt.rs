@@ -16,7 +16,7 @@ use crate::model::{Model, Reject, Severity};
 use crate::objects::{Object, Objects};
 use crate::registry::catalog::Catalog;
 use crate::registry::scope::{self, Scope};
-use crate::registry::{Proxy, Service, names, services, targets};
+use crate::registry::{Proxy, Service, ServiceTarget, ingress, names, services, targets};
 
 /// Domain of Kubernetes Services.
 const DOMAIN: &str = "cluster.local";
@@ -51,22 +51,24 @@ fn fill(objects: &Objects, catalog: &Catalog<'_>, identity: &Identity, model: &m
     let (mesh, proxy) = (&objects.mesh, &identity.proxy);
     let config = settings::proxy_config(mesh, proxy);
     let mut settings = settings::settings(mesh, &config, proxy, &mut model.rejects);
-    let scope = apply_sidecar(objects, proxy, &mut settings, &mut model.rejects);
+    let own = targets::targets(catalog, &identity.me, proxy);
+    let Seen { scope, targets, closed } = apply_sidecar(objects, proxy, own, &mut settings, &mut model.rejects);
     let (namespace, export) = (proxy.namespace.as_str(), mesh.default_service_export_to.as_slice());
     let visible = services::visible(&catalog.services, namespace, export, &scope);
-    let targets = targets::targets(catalog, &identity.me, proxy);
     let mut routes = routes(objects, proxy, &mut model.rejects);
     routes.retain(|r| scope.virtual_service(&r.namespace, &r.spec.hosts));
     let exported = services::visible(&catalog.services, namespace, export, &Scope::default());
     let dependencies = scope::dependencies(&exported, &visible, routes.iter().map(|r| &r.spec), namespace);
     let peers = peer_policies(objects);
     let mtls = peer_auth::effective(&peers, &settings.root_namespace, &proxy.namespace, &proxy.labels);
-    let policies = policies_of(objects, proxy, &settings, &catalog.services, &mut model.rejects);
+    let mut policies = policies_of(objects, proxy, &settings, &catalog.services, &mut model.rejects);
+    policies.unusable = policies.unusable.or(closed);
     let sources: Vec<destination_rules::Source<'_>> = objects
         .destination_rules
         .iter()
         .map(|o| destination_rules::Source { namespace: &o.meta.namespace, name: &o.meta.name, spec: &o.spec })
         .collect();
+    let reachable: Vec<Arc<Service>> = visible.iter().chain(&dependencies).cloned().collect();
     let rules = DestinationRules::new(&sources, &reachable, proxy, &settings, &mesh.default_destination_rule_export_to);
     let view = View {
         proxy,
@@ -159,36 +161,59 @@ fn sidecar<'o>(objects: &'o Objects, proxy: &Proxy, root: &str) -> Option<&'o Ob
         .or_else(|| objects.sidecars.iter().find(|s| s.meta.namespace == root && selector(s).is_none()))
 }
 
-/// What a Sidecar lets the proxy see, and its policy for unknown traffic; what is not served of it is told.
-fn apply_sidecar(objects: &Objects, proxy: &Proxy, settings: &mut Settings, rejects: &mut Vec<Reject>) -> Scope {
-    let Some(object) = sidecar(objects, proxy, &settings.root_namespace) else { return Scope::default() };
-    let mut tell = |field: &str, reason: &str| {
+/// What is left after the Sidecar has been heard.
+struct Seen {
+    scope: Scope,
+    targets: Vec<ServiceTarget>,
+    /// The Sidecar, when it asks for a protection that is not given.
+    closed: Option<String>,
+}
+
+/// What a Sidecar lets the proxy see and serve, and its policy for unknown traffic; what is not served of it is told.
+fn apply_sidecar(
+    objects: &Objects,
+    proxy: &Proxy,
+    own: Vec<ServiceTarget>,
+    settings: &mut Settings,
+    rejects: &mut Vec<Reject>,
+) -> Seen {
+    let Some(object) = sidecar(objects, proxy, &settings.root_namespace) else {
+        return Seen { scope: Scope::default(), targets: own, closed: None };
+    };
+    let (meta, spec) = (&object.meta, &object.spec);
+    let resource = format!("Sidecar {}/{}", meta.namespace, meta.name);
+    let mut closed = None;
+    let mut tell = |field: String, reason: String, endangers: bool| {
+        if endangers {
+            closed = Some(resource.clone());
+        }
         rejects.push(Reject {
-            resource: format!("Sidecar {}/{}", object.meta.namespace, object.meta.name),
+            resource: resource.clone(),
             place: None,
-            field: field.to_owned(),
-            reason: reason.to_owned(),
-            severity: Severity::Error,
+            field,
+            reason,
+            severity: if endangers { Severity::Security } else { Severity::Error },
             code: None,
         });
     };
-    if let Some(policy) = &object.spec.outbound_traffic_policy {
+    if let Some(policy) = &spec.outbound_traffic_policy {
         settings.outbound = match (&policy.egress_proxy, policy.mode) {
             (Some(proxy), _) => OutboundPolicy::EgressProxy(proxy.clone()),
             (None, OutboundMode::RegistryOnly) => OutboundPolicy::RegistryOnly,
             (None, OutboundMode::AllowAny | OutboundMode::AllowAnyDynamicDns) => OutboundPolicy::AllowAny,
         };
     }
-    if object.spec.egress.iter().any(|e| e.port.is_some()) {
-        tell("spec.egress", "listeners of their own ports are not supported yet: their hosts are seen on every port");
+    settings.inbound_pool.clone_from(&spec.inbound_connection_pool);
+    if spec.egress.iter().any(|e| e.port.is_some()) {
+        let reason = "listeners of their own ports are not supported yet: their hosts are seen on every port";
+        tell("spec.egress".to_owned(), reason.to_owned(), false);
     }
-    if !object.spec.ingress.is_empty() {
-        tell("spec.ingress", "own inbound ports are not supported yet: those of the Services hold");
-    }
-    if object.spec.inbound_connection_pool.is_some() {
-        tell("spec.inboundConnectionPool", "inbound pool limits of a Sidecar are not supported yet");
-    }
-    Scope::new(&object.spec.egress, &proxy.namespace)
+    let targets = if spec.ingress.is_empty() {
+        own
+    } else {
+        ingress::targets(&spec.ingress, (&meta.namespace, &meta.name), &own, proxy, &mut tell)
+    };
+    Seen { scope: Scope::new(&spec.egress, &proxy.namespace), targets, closed }
 }
 
 /// What is wrong with objects whatever proxy they are for: every VirtualService and every policy by itself.

@@ -9,6 +9,7 @@ use crate::bootstrap::{self, Node};
 use crate::model::{Model, Reject, Severity};
 use crate::objects::{self, Broken, Document, Documents, Key, Reading};
 use crate::registry::Proxy;
+use crate::yaml::Data;
 
 /// One text of configuration.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -228,12 +229,26 @@ fn demote(mut reject: Reject) -> Reject {
     reject
 }
 
+/// Services of ServiceEntries bear their host's name; what is told of one is told of the object.
+fn entry_of_host(resource: &str, documents: &BTreeMap<Key, Document>) -> Option<String> {
+    let (namespace, host) = resource.strip_prefix("ServiceEntry ")?.split_once('/')?;
+    let lists = |d: &Document| match d.node.at("spec.hosts").data {
+        Data::List(ref hosts) => hosts.iter().any(|h| matches!(&h.data, Data::Scalar { text, .. } if text == host)),
+        Data::Map(_) | Data::Scalar { .. } => false,
+    };
+    let of_host = |(key, d): &(&Key, &Document)| key.kind == "ServiceEntry" && key.namespace == namespace && lists(d);
+    documents.iter().find(of_host).map(|(key, _)| key.resource())
+}
+
 /// Each finding once, with its place.
 fn finish(rejects: Vec<Reject>, documents: &BTreeMap<Key, Document>) -> Vec<Reject> {
     let by_resource: BTreeMap<String, &Document> = documents.iter().map(|(k, d)| (k.resource(), d)).collect();
     let mut out: Vec<Reject> = Vec::new();
     for mut reject in rejects {
         if reject.place.is_none() {
+            if let Some(named) = entry_of_host(&reject.resource, documents) {
+                reject.resource = named;
+            }
             reject.place = by_resource.get(&reject.resource).map(|d| d.place(&reject.field));
         }
         if !out.contains(&reject) {

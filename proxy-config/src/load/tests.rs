@@ -185,3 +185,37 @@ fn an_unknown_proxy_is_told_what_was_tried() {
     variables.insert("ISTIO_META_AUTO_REGISTER_GROUP".to_owned(), "legacy-payment-service".to_owned());
     assert_eq!(ask(&variables).expect("a group").proxy.service_account, "payment-service-sa");
 }
+
+/// A Sidecar of the VM's namespace with this spec.
+fn sidecar(spec: &str) -> Source {
+    file(
+        "s.yaml",
+        &format!(
+            "apiVersion: networking.istio.io/v1\nkind: Sidecar\nmetadata: {{name: s, namespace: payments}}\nspec: {spec}\n"
+        ),
+    )
+}
+
+#[test]
+fn a_sidecar_decides_what_is_seen_and_served() {
+    let with = |spec: &str| {
+        let mut sources = seed(&[]);
+        sources.push(sidecar(spec));
+        load(sources, VM)
+    };
+    let seen = with("{egress: [{hosts: ['hybrid-app/*']}]}");
+    let listeners: Vec<&str> = seen.model.listeners.keys().map(|n| &**n).collect();
+    assert_eq!(listeners, ["0.0.0.0_5432", "virtualInbound", "virtualOutbound"]);
+    let ports = |loaded: &Loaded| -> Vec<u16> {
+        let mut out: Vec<u16> =
+            inbound(loaded).filter_chains.iter().filter_map(|c| c.matches.destination_port).collect();
+        out.dedup();
+        out
+    };
+    let served = with("{ingress: [{port: {number: 9999, protocol: HTTP, name: h}, defaultEndpoint: '127.0.0.1:80'}]}");
+    assert_eq!(ports(&served), [15006, 9999]);
+    assert!(served.model.clusters.contains_key("inbound|9999||"));
+    assert!(inbound(&served).filter_chains.iter().all(|c| c.unusable.is_none()));
+    let tls = with("{ingress: [{port: {number: 9999, protocol: TLS, name: h}, tls: {mode: SIMPLE}}]}");
+    assert!(inbound(&tls).filter_chains[1..].iter().all(|c| c.unusable.is_some()), "its TLS is not served");
+}

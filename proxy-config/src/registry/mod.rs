@@ -3,6 +3,7 @@
 //! The registry is built from loaded objects and asked by `compile`; it knows nothing of listeners or clusters.
 
 pub(crate) mod catalog;
+pub(crate) mod ingress;
 pub(crate) mod names;
 pub(crate) mod scope;
 pub(crate) mod services;
@@ -13,6 +14,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use crate::istio::destination_rule::ConnectionPool;
 use crate::model::{Address, HealthStatus, Locality};
 
 /// The proxy that a configuration is compiled for.
@@ -223,6 +225,23 @@ pub struct ServiceTarget {
     pub port: ServicePort,
     /// Port of the application.
     pub target_port: u16,
+    /// What a Sidecar says of it, when it was declared there.
+    pub ingress: Option<Arc<Ingress>>,
+}
+
+/// An inbound port of a Sidecar.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Ingress {
+    /// Address that the port's chains are named after.
+    pub bind: String,
+    /// `SIDECAR.NAMESPACE`, for traces.
+    pub host: String,
+    /// Where the application listens; `None` is where the caller dialled.
+    pub endpoint: Option<Address>,
+    /// Pool limits of this port alone.
+    pub pool: Option<ConnectionPool>,
+    /// A Service serves the port as well.
+    pub served: bool,
 }
 
 /// `spiffe://DOMAIN/ns/NAMESPACE/sa/ACCOUNT`.

@@ -108,7 +108,7 @@ fn protocol(port: &k8s::Port) -> Protocol {
 }
 
 /// A protocol by its name; what is no protocol is sniffed.
-fn named(name: &str) -> Protocol {
+pub(super) fn named(name: &str) -> Protocol {
     match name.to_ascii_lowercase().as_str() {
         "http" => Protocol::Http,
         "http_proxy" => Protocol::HttpProxy,

@@ -63,7 +63,12 @@ fn selected(service: &Arc<Service>, me: &Me, out: &mut Vec<ServiceTarget>) {
     }
     for port in &service.ports {
         if let Some(number) = target_port(port, ports) {
-            out.push(ServiceTarget { service: Arc::clone(service), port: port.clone(), target_port: number });
+            out.push(ServiceTarget {
+                service: Arc::clone(service),
+                port: port.clone(),
+                target_port: number,
+                ingress: None,
+            });
         }
     }
 }
@@ -84,6 +89,7 @@ fn by_address(catalog: &Catalog<'_>, service: &Arc<Service>, ips: &[IpAddr], out
             service: Arc::clone(service),
             port: port.clone(),
             target_port: number,
+            ingress: None,
         }));
     }
 }
@@ -95,7 +101,12 @@ fn unlisted(service: &Arc<Service>, entry: &Workload, out: &mut Vec<ServiceTarge
     }
     for port in &service.ports {
         if let Some(number) = target_port(port, &entry.ports) {
-            out.push(ServiceTarget { service: Arc::clone(service), port: port.clone(), target_port: number });
+            out.push(ServiceTarget {
+                service: Arc::clone(service),
+                port: port.clone(),
+                target_port: number,
+                ingress: None,
+            });
         }
     }
 }
