@@ -242,16 +242,19 @@ impl<T: Default> BySourceType<T> {
     }
 }
 
-/// Adds a chain under every combination of what its match lists.
+/// Adds a chain under every combination of what its match lists. The error is the first combination that cannot be or
+/// that an earlier chain has; the others are added nevertheless.
 fn insert(ports: &mut Exact<u16, Networks<Names>>, said: &ChainMatch, chain: usize) -> Result<(), String> {
     let by_destination = ports.at(said.destination_port);
+    let mut result = Ok(());
     for net in networks(&said.prefix_ranges).iter() {
         for name in options(&said.server_names) {
-            let transports = by_destination.at(*net).at(name.map(String::as_str))?;
-            insert_protocols(transports.at(said.transport_protocol), said, chain)?;
+            let transports = by_destination.at(*net).at(name.map(String::as_str));
+            let one = transports.and_then(|t| insert_protocols(t.at(said.transport_protocol), said, chain));
+            result = result.and(one);
         }
     }
-    Ok(())
+    result
 }
 
 fn insert_protocols(
@@ -259,6 +262,7 @@ fn insert_protocols(
     said: &ChainMatch,
     chain: usize,
 ) -> Result<(), String> {
+    let mut result = Ok(());
     for protocol in options(&said.application_protocols) {
         for direct in networks(&said.direct_source_prefix_ranges).iter() {
             let sources = protocols.at(protocol.cloned()).at(*direct).at(said.source_type);
@@ -270,13 +274,13 @@ fn insert_protocols(
                         None => place.any.get_or_insert(chain),
                     };
                     if slot != chain {
-                        return Err(format!("it matches the same connections as filter chain {slot}"));
+                        result = Err(format!("it matches the same connections as filter chain {slot}"));
                     }
                 }
             }
         }
     }
-    Ok(())
+    result
 }
 
 /// Each of a list; an empty list asks for nothing.

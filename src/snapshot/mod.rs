@@ -23,6 +23,8 @@ mod listener;
 mod logs;
 mod matcher;
 mod metadata;
+#[cfg(test)]
+mod properties;
 mod rbac;
 mod rbac_why;
 mod re2;
