@@ -24,7 +24,7 @@ mod logs;
 mod matcher;
 mod metadata;
 #[cfg(test)]
-mod properties;
+mod property_tests;
 mod rbac;
 mod rbac_why;
 mod re2;
