@@ -112,7 +112,7 @@ fn route(said: &model::Route, ids: &Ids<'_>, sink: &mut Sink<'_>) -> Option<Rout
 
 fn matches(said: &model::RouteMatch, sink: &mut Sink<'_>) -> Result<RouteMatch, String> {
     if !said.dynamic_metadata.is_empty() {
-        sink.error("match.dynamic_metadata", "routes do not see JWT claims; it matches as without a token".to_owned());
+        sink.warn("match.dynamic_metadata", "routes do not see JWT claims; it matches as without a token".to_owned());
     }
     Ok(RouteMatch {
         path: path(&said.path)?,

@@ -1,4 +1,5 @@
-//! Envoy's URI templates as expressions: `*` is one segment, `**` any number, `{name}` and `{name=pattern}` are variables.
+//! Envoy's URI templates as expressions: `*` is one segment, `**` any number, `{name}` and `{name=pattern}` are variables;
+//! text may follow them at the very end (`/files/*.json`).
 
 use regex::bytes::Regex;
 
@@ -15,6 +16,10 @@ pub(super) fn compile(template: &str) -> Result<Regex, String> {
     let mut segments = segments(rest).map_err(bad)?.into_iter().peekable();
     let mut any_number = false;
     while let Some(segment) = segments.next() {
+        let (segment, suffix) = suffix(segment);
+        if !suffix.is_empty() && (segments.peek().is_some() || suffix.contains(['*', '{', '}'])) {
+            return Err(bad("only text may follow '*' or a variable in a segment, and only in the last one"));
+        }
         let pattern = variable(segment).map_err(bad)?;
         for (i, part) in pattern.split('/').enumerate() {
             if i > 0 {
@@ -26,6 +31,7 @@ pub(super) fn compile(template: &str) -> Result<Regex, String> {
             any_number |= part == "**";
             push(part, &mut expression).map_err(bad)?;
         }
+        expression.push_str(&regex::escape(suffix));
         if segments.peek().is_some() {
             expression.push('/');
         }
@@ -53,6 +59,17 @@ fn segments(text: &str) -> Result<Vec<&str>, &'static str> {
     }
     all.push(&text[start..]);
     Ok(all)
+}
+
+/// What stands behind an operator or a variable that begins a segment (`*.json`).
+fn suffix(segment: &str) -> (&str, &str) {
+    let end = match segment.as_bytes() {
+        [b'*', b'*', ..] => 2,
+        [b'*', ..] => 1,
+        [b'{', ..] => segment.find('}').map_or(segment.len(), |at| at + 1),
+        _ => segment.len(),
+    };
+    segment.split_at(end)
 }
 
 /// The pattern of a variable; other segments are their own.
@@ -91,6 +108,9 @@ mod tests {
             ("/a/{rest=**}", &["/a/", "/a/1/2"], &["/a"]),
             ("/a/{x=b/*}/c", &["/a/b/1/c"], &["/a/x/1/c"]),
             ("/a.b", &["/a.b"], &["/axb"]),
+            ("/w/*/*.json", &["/w/a/b.json", "/w/a/b.c.json"], &["/w/a/.json", "/w/a/bxjson", "/w/a/b/c.json"]),
+            ("/w/**.m3u8", &["/w/a/b.m3u8", "/w/.m3u8"], &["/w/a"]),
+            ("/w/{file}.vtt", &["/w/a.vtt"], &["/w/a/b.vtt"]),
         ] {
             let re = compile(template).unwrap();
             for path in yes {
@@ -104,7 +124,7 @@ mod tests {
 
     #[test]
     fn mistakes() {
-        for template in ["a", "/a*", "/{a", "/a}", "/{=*}", "/x{a}", "/**/*", "/{a={b}}"] {
+        for template in ["a", "/a*", "/{a", "/a}", "/{=*}", "/x{a}", "/**/*", "/{a={b}}", "/*.x/a", "/*a*", "/{a}{b}"] {
             assert!(compile(template).is_err(), "{template}");
         }
     }
