@@ -44,13 +44,12 @@ pub(super) struct Hold {
     pub(super) request: Option<Arc<Progress>>,
     pub(super) _active: Active,
     pub(super) _permit: Permit,
-    pub(super) _retry: Option<Permit>,
 }
 
 impl Hold {
     /// The response is complete. If the request is too, the connection serves the next one; else it is closed, because the
     /// rest of the request would stand in the way.
-    fn finish(self) {
+    pub(super) fn finish(self) {
         if self.request.is_none_or(|request| request.ended()) {
             self.lease.finish();
         }

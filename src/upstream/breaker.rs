@@ -3,10 +3,15 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use crossbeam_utils::CachePadded;
 use proxy_config::model::CircuitBreakers;
 
 use crate::error::{Error, Kind, Limit};
 use crate::snapshot::{Breakers, Gauge, HostStats};
+use crate::telemetry::ClusterMetrics;
+
+/// This worker's counters of a cluster.
+pub(super) type Metrics = Arc<CachePadded<ClusterMetrics>>;
 
 /// One unit of one limit of a cluster.
 #[derive(Debug)]
@@ -69,19 +74,23 @@ fn retry_limit(config: &CircuitBreakers, active: u32, pending: u32) -> u32 {
 #[derive(Debug)]
 pub(super) struct Active {
     stats: Arc<HostStats>,
+    metrics: Metrics,
 }
 
 impl Active {
-    pub(super) fn enter(stats: &Arc<HostStats>) -> Self {
+    pub(super) fn enter(stats: &Arc<HostStats>, metrics: &Metrics) -> Self {
         stats.active.fetch_add(1, Ordering::Relaxed);
         stats.totals.requests.fetch_add(1, Ordering::Relaxed);
-        Self { stats: Arc::clone(stats) }
+        metrics.rq_total.inc();
+        metrics.rq_active.inc();
+        Self { stats: Arc::clone(stats), metrics: Arc::clone(metrics) }
     }
 }
 
 impl Drop for Active {
     fn drop(&mut self) {
         self.stats.active.fetch_sub(1, Ordering::Relaxed);
+        self.metrics.rq_active.dec();
     }
 }
 
@@ -90,18 +99,23 @@ impl Drop for Active {
 pub(super) struct Connected {
     _permit: Permit,
     stats: Arc<HostStats>,
+    pub(super) metrics: Metrics,
 }
 
 impl Connected {
-    pub(super) fn new(permit: Permit, stats: &Arc<HostStats>) -> Self {
+    pub(super) fn new(permit: Permit, stats: &Arc<HostStats>, metrics: &Metrics) -> Self {
+        metrics.cx_total.inc();
+        metrics.cx_active.inc();
         stats.totals.connections.fetch_add(1, Ordering::Relaxed);
         stats.totals.connections_total.fetch_add(1, Ordering::Relaxed);
-        Self { _permit: permit, stats: Arc::clone(stats) }
+        Self { _permit: permit, stats: Arc::clone(stats), metrics: Arc::clone(metrics) }
     }
 }
 
 impl Drop for Connected {
     fn drop(&mut self) {
+        self.metrics.cx_active.dec();
+        self.metrics.cx_destroy.inc();
         self.stats.totals.connections.fetch_sub(1, Ordering::Relaxed);
     }
 }

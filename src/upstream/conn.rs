@@ -15,7 +15,7 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use super::body::Body;
-use super::breaker::Connected;
+use super::breaker::{Connected, Metrics};
 use super::pool::{Key, Pool};
 use crate::error::{Error, Kind, Source};
 use crate::net::{self, Keepalive, Stream, Target, proxy_protocol};
@@ -87,6 +87,7 @@ pub(super) struct Place {
     pub(super) host: Arc<Host>,
     pub(super) transport: Transport,
     pub(super) config: Arc<Cluster>,
+    pub(super) metrics: Metrics,
 }
 
 /// What one connection says and asks for.
@@ -124,9 +125,35 @@ impl Place {
     /// Opens a transport: TCP, PROXY header, TLS, all within the cluster's connect timeout.
     pub(super) async fn open(&self, hello: Hello<'_>) -> Result<Opened, Failure> {
         let limit = self.config.connect_timeout.unwrap_or(CONNECT_LIMIT);
-        match timeout(limit, Box::pin(self.open_in_time(hello))).await {
+        let started = Instant::now();
+        let result = match timeout(limit, Box::pin(self.open_in_time(hello))).await {
             Ok(result) => result,
             Err(_) => Err(Failure::upstream(Kind::ConnectTimeout, "connect timeout".to_owned())),
+        };
+        match &result {
+            Ok(opened) => {
+                self.metrics.cx_connect_ms.record(millis(started.elapsed()));
+                if opened.peer.is_some() {
+                    self.metrics.ssl_handshake.inc();
+                }
+            }
+            Err(failure) => self.count(failure),
+        }
+        result
+    }
+
+    fn count(&self, failure: &Failure) {
+        let metrics = &self.metrics;
+        self.host.stats.totals.connect_failures.fetch_add(1, Relaxed);
+        metrics.cx_connect_fail.inc();
+        match failure.kind {
+            Kind::ConnectTimeout => metrics.cx_connect_timeout.inc(),
+            Kind::TlsHandshake => metrics.ssl_connection_error.inc(),
+            Kind::PeerIdentity => {
+                metrics.ssl_connection_error.inc();
+                metrics.ssl_fail_verify_san.inc();
+            }
+            _ => {}
         }
     }
 
@@ -189,6 +216,10 @@ fn unusable(transport: &Transport) -> Option<&Name> {
     }
 }
 
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
+}
+
 /// What is known about an open connection; shared by its driver, the pool and whoever uses it.
 #[derive(Debug)]
 pub(super) struct Line {
@@ -206,7 +237,7 @@ pub(super) struct Line {
     pub(super) streams: AtomicU32,
     /// It serves no further request.
     pub(super) closing: AtomicBool,
-    _connected: Connected,
+    connected: Connected,
 }
 
 impl Line {
@@ -222,7 +253,7 @@ impl Line {
             // HTTP/2's recommended least, until the peer has spoken.
             streams: AtomicU32::new(100),
             closing: AtomicBool::new(false),
-            _connected: connected,
+            connected,
         })
     }
 
@@ -255,12 +286,15 @@ pub(super) async fn establish(
     let line = Line::new(&mut opened, connected);
     let io = TokioIo::new(Metered { stream: opened.stream, line: Arc::clone(&line) });
     let broken = |e: hyper::Error| Failure::upstream(Kind::ConnectRefused, e.to_string());
+    let metrics = &pool.place.metrics;
     if key.h2 {
+        metrics.cx_http2_total.inc();
         let builder = h2_builder(&pool.place.config);
         let (sender, conn) = builder.handshake(io).await.map_err(broken)?;
         tokio::spawn(drive_h2(conn, Arc::clone(&line), Arc::downgrade(pool)));
         return Ok((Sender::H2(sender), line));
     }
+    metrics.cx_http1_total.inc();
     let mut builder = http1::Builder::new();
     builder
         .preserve_header_case(pool.place.config.http.preserve_header_case)
@@ -346,7 +380,9 @@ impl AsyncRead for Metered {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         let polled = Pin::new(&mut self.stream).poll_read(cx, buf);
-        self.line.read.fetch_add((buf.filled().len() - before) as u64, Relaxed);
+        let read = (buf.filled().len() - before) as u64;
+        self.line.read.fetch_add(read, Relaxed);
+        self.line.connected.metrics.cx_rx_bytes.add(read);
         polled
     }
 }
@@ -383,6 +419,7 @@ impl Metered {
     fn count(&self, polled: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         if let Poll::Ready(Ok(n)) = &polled {
             self.line.written.fetch_add(*n as u64, Relaxed);
+            self.line.connected.metrics.cx_tx_bytes.add(*n as u64);
         }
         polled
     }

@@ -8,6 +8,7 @@ use proxy_config::model::{
     LocalityEndpoints, Transport, UpstreamHttp,
 };
 
+use super::ClusterLocal;
 use crate::snapshot::ClusterShared;
 
 pub(super) fn cluster(name: &str) -> Cluster {
@@ -60,4 +61,10 @@ pub(super) fn endpoints(ports: &[u16]) -> Endpoints {
 
 pub(super) fn shared(config: Cluster, hosts: &Endpoints) -> Arc<ClusterShared> {
     Arc::new(ClusterShared::alone(config, hosts, &Default::default()))
+}
+
+/// One worker's part of a cluster, as the successor of another.
+pub(super) fn joined(shared: Arc<ClusterShared>, prev: Option<&ClusterLocal>) -> Arc<ClusterLocal> {
+    let metrics = prev.map_or_else(Arc::default, |prev| Arc::clone(&prev.metrics));
+    ClusterLocal::new(shared, metrics, prev)
 }

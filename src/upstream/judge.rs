@@ -40,6 +40,8 @@ pub(super) struct Judgement {
     pub(super) retry: bool,
     /// Flags, if this try is the last.
     pub(super) flags: Flags,
+    /// What failed.
+    pub(super) why: Option<Kind>,
     /// It counts as an error of the host.
     pub(super) error: bool,
 }
@@ -52,6 +54,7 @@ pub(super) fn judge(facts: &Facts<'_>, policy: Option<&RetryPolicy>) -> Judgemen
             repeat: false,
             retry: policy.is_some_and(|policy| wants_after_head(policy, status, headers)),
             flags: Flags::NONE,
+            why: None,
             error: status >= 500,
         },
         Outcome::Failed(kind, source) => {
@@ -64,6 +67,7 @@ pub(super) fn judge(facts: &Facts<'_>, policy: Option<&RetryPolicy>) -> Judgemen
                 repeat: is_stale(facts, kind),
                 retry: policy.is_some_and(|policy| wants_after_failure(policy, kind, facts.unsent)),
                 flags: row.flag,
+                why: Some(kind),
                 error: blamed,
             }
         }

@@ -10,7 +10,7 @@ use proxy_config::model::LbPolicy;
 
 use super::edf::Edf;
 use super::hash::{Maglev, Ring, Share};
-use super::health::{self, Fitness, Load};
+use super::health::{self, Count, Fitness, Load};
 use crate::snapshot::{ClusterShared, Host, LocalityHosts, Priority};
 
 /// Share of its weight that a host begins with, when it warms up.
@@ -27,6 +27,8 @@ pub(super) struct Wish<'a> {
     pub(super) avoid: &'a [u32],
     /// How often another host is chosen to avoid them.
     pub(super) attempts: u32,
+    /// Priorities that get nothing as long as others can take it, a bit each.
+    pub(super) pass_over: u32,
 }
 
 /// Lists of hosts by what they are good for, and whose turn it is.
@@ -34,6 +36,7 @@ pub(super) struct Wish<'a> {
 pub(super) struct Balancer {
     version: u32,
     stale_at: Option<u64>,
+    counts: Vec<Count>,
     loads: Vec<Load>,
     levels: Vec<Level>,
     rng: fastrand::Rng,
@@ -73,7 +76,14 @@ enum Turns {
 
 impl Balancer {
     pub(super) fn new(seed: u64) -> Self {
-        Self { version: 0, stale_at: None, loads: Vec::new(), levels: Vec::new(), rng: fastrand::Rng::with_seed(seed) }
+        Self {
+            version: 0,
+            stale_at: None,
+            counts: Vec::new(),
+            loads: Vec::new(),
+            levels: Vec::new(),
+            rng: fastrand::Rng::with_seed(seed),
+        }
     }
 
     /// A number below `below`.
@@ -89,29 +99,24 @@ impl Balancer {
             self.rebuild(cluster, now());
             self.version = version;
         }
-        let mut chosen = self.choose(cluster, wish.hash, 0, &now)?;
+        let mut chosen = self.choose(cluster, wish, 0, &now)?;
         for attempt in 1..=wish.attempts {
             if !wish.avoid.contains(&chosen) {
                 break;
             }
-            chosen = self.choose(cluster, wish.hash, attempt, &now)?;
+            chosen = self.choose(cluster, wish, attempt, &now)?;
         }
         Some(chosen)
     }
 
-    fn choose(
-        &mut self,
-        cluster: &ClusterShared,
-        hash: Option<u64>,
-        attempt: u32,
-        now: &impl Fn() -> u64,
-    ) -> Option<u32> {
-        let hash = hash.unwrap_or_else(|| self.rng.u64(..));
+    fn choose(&mut self, cluster: &ClusterShared, wish: Wish<'_>, attempt: u32, now: &impl Fn() -> u64) -> Option<u32> {
+        let hash = wish.hash.unwrap_or_else(|| self.rng.u64(..));
         let by_hash = matches!(cluster.config.lb, LbPolicy::RingHash { .. } | LbPolicy::Maglev { .. });
         let draw = if by_hash { hash } else { self.rng.u64(..) };
         let (level, degraded) = match &*self.loads {
             [only] if only.degraded == 0 => (0, false),
-            loads => health::choose(loads, draw)?,
+            loads if wish.pass_over == 0 => health::choose(loads, draw)?,
+            _ => self.choose_passing_over(cluster, wish.pass_over, draw)?,
         };
         let panic = self.loads[level].panic;
         let level = &mut self.levels[level];
@@ -126,10 +131,25 @@ impl Balancer {
         group.pick(&seen, hash, attempt, &mut self.rng)
     }
 
+    /// Only for retries that have tried a priority for long enough; worked out each time.
+    fn choose_passing_over(&self, cluster: &ClusterShared, pass_over: u32, draw: u64) -> Option<(usize, bool)> {
+        let is_passed = |level: u32| pass_over.checked_shr(level).unwrap_or(0) & 1 == 1;
+        let without = |(level, count): (u32, &Count)| match is_passed(level) {
+            true => Count { healthy: 0, degraded: 0, ..*count },
+            false => *count,
+        };
+        let rest: Vec<Count> = (0..).zip(&self.counts).map(without).collect();
+        if rest.iter().all(|count| count.healthy + count.degraded == 0) {
+            return health::choose(&self.loads, draw);
+        }
+        health::choose(&health::loads(&rest, cluster.hosts.overprovisioning, 0.0), draw)
+    }
+
     fn rebuild(&mut self, cluster: &ClusterShared, now: u64) {
         let set = &cluster.hosts;
         let threshold = cluster.config.healthy_panic_threshold.unwrap_or(PANIC_THRESHOLD);
-        self.loads = health::loads(&health::count(set), set.overprovisioning, threshold);
+        self.counts = health::count(set);
+        self.loads = health::loads(&self.counts, set.overprovisioning, threshold);
         self.stale_at = warm_at(cluster, now);
         let positions: HashMap<*const Host, u32> =
             (0..).zip(&set.all).map(|(i, host)| (Arc::as_ptr(host), i)).collect();
@@ -375,7 +395,7 @@ mod tests {
     use super::super::hash::xx_hash;
     use super::*;
 
-    const ANY: Wish<'static> = Wish { hash: None, avoid: &[], attempts: 0 };
+    const ANY: Wish<'static> = Wish { hash: None, avoid: &[], attempts: 0, pass_over: 0 };
 
     fn with(lb: LbPolicy) -> Cluster {
         Cluster { lb, ..cluster("c") }
@@ -513,6 +533,16 @@ mod tests {
         assert!((0..20).all(|_| balancer.pick(&cluster, wish, || 1) == Some(1)));
         let all = Wish { avoid: &[0, 1, 2], attempts: 5, ..ANY };
         assert!(balancer.pick(&cluster, all, || 1).is_some(), "a tried host is better than none");
+    }
+
+    #[test]
+    fn tried_priorities_are_passed_over_while_others_can_serve() {
+        let hosts = |port: u16| vec![endpoint(([127, 0, 0, 1], port).into(), 1)];
+        let localities = vec![group(0, None, hosts(1)), group(1, None, hosts(2))];
+        let cluster = shared(cluster("c"), &Endpoints { localities, ..Endpoints::default() });
+        let mut balancer = Balancer::new(3);
+        let mut with = |pass_over| balancer.pick(&cluster, Wish { pass_over, ..ANY }, || 1);
+        assert_eq!((with(0), with(0b1), with(0b11)), (Some(0), Some(1), Some(0)));
     }
 
     #[test]

@@ -31,6 +31,10 @@ mod view;
 
 #[cfg(test)]
 mod fixture;
+#[cfg(test)]
+mod simulation;
+#[cfg(test)]
+mod tests;
 
 use std::net::SocketAddr;
 use std::sync::Arc;

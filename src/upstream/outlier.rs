@@ -92,13 +92,21 @@ pub(super) struct Detector<'a> {
     pub(super) hosts: &'a [Arc<Host>],
 }
 
-/// What a signal came to; one bit for each ejection that a threshold asked for.
+/// Why a host is ejected.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Cause {
+    ServerError,
+    Gateway,
+    LocalOrigin,
+}
+
+/// What a signal came to.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Verdict {
-    /// A threshold was met.
-    pub(super) detected: bool,
-    /// The host is ejected now.
-    pub(super) ejected: bool,
+    /// The host is ejected now, and why.
+    pub(super) ejected: Option<Cause>,
+    /// It would be, but too many are.
+    pub(super) overflow: bool,
 }
 
 impl Detector<'_> {
@@ -118,7 +126,7 @@ impl Detector<'_> {
                 }
                 Signal::Timeout | Signal::Broken => {
                     let met = reaches(&host.failures.local_origin, policy.local_origin);
-                    self.verdict(host, met, draw < policy.enforce_local_origin, now)
+                    self.verdict(host, met && draw < policy.enforce_local_origin, Cause::LocalOrigin, now)
                 }
             }
         } else {
@@ -156,17 +164,21 @@ impl Detector<'_> {
         let mut verdict = Verdict::default();
         if matches!(status, 502..=504) {
             let met = reaches(&host.failures.gateway, policy.gateway);
-            verdict = self.verdict(host, met, draw < policy.enforce_gateway, now);
+            verdict = self.verdict(host, met && draw < policy.enforce_gateway, Cause::Gateway, now);
         } else {
             clear(&host.failures.gateway);
         }
         let met = reaches(&host.failures.server_error, policy.server_error);
-        let server = self.verdict(host, met, draw < policy.enforce_server_error, now);
-        Verdict { detected: verdict.detected | server.detected, ejected: verdict.ejected | server.ejected }
+        let server = self.verdict(host, met && draw < policy.enforce_server_error, Cause::ServerError, now);
+        Verdict { ejected: verdict.ejected.or(server.ejected), overflow: verdict.overflow | server.overflow }
     }
 
-    fn verdict(&self, host: &HostStats, met: bool, enforced: bool, now: u64) -> Verdict {
-        Verdict { detected: met, ejected: met && enforced && self.eject(host, now) }
+    fn verdict(&self, host: &HostStats, asked: bool, cause: Cause, now: u64) -> Verdict {
+        if !asked || host.ejection.until.load(Relaxed) != 0 {
+            return Verdict::default();
+        }
+        let ejected = self.eject(host, now);
+        Verdict { ejected: ejected.then_some(cause), overflow: !ejected }
     }
 
     /// Ejects, unless too many are ejected already: no share of the hosts greater than the limit, not even one host.

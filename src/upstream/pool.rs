@@ -161,7 +161,13 @@ impl Pool {
                 }
             }
         }
-        let pending = Permit::take(&self.breakers, Limit::Pending).map_err(Refusal::Overflow)?;
+        let metrics = &self.place.metrics;
+        let pending = Permit::take(&self.breakers, Limit::Pending).map_err(|error| {
+            metrics.rq_pending_overflow.inc();
+            Refusal::Overflow(error)
+        })?;
+        metrics.rq_pending_total.inc();
+        metrics.rq_pending_active.inc();
         let (give, take) = oneshot::channel();
         let mut wait = Waiting { pool: self, answered: false, _pending: pending };
         {
@@ -174,7 +180,10 @@ impl Pool {
         drop(wait);
         match given {
             Ok(Ok(lease)) => Ok(lease),
-            Ok(Err(failure)) => Err(Refusal::Failed(failure)),
+            Ok(Err(failure)) => {
+                metrics.rq_pending_failure_eject.inc();
+                Err(Refusal::Failed(failure))
+            }
             // A pool answers everybody who waits; it cannot go away while it is borrowed here.
             Err(_) => Err(Refusal::Overflow(Error::local(Kind::Internal))),
         }
@@ -199,6 +208,7 @@ impl Pool {
             }
             let age = idle.line.idle_from().map_or(Duration::ZERO, |from| now.duration_since(from));
             if age >= self.usable_idle(&inner.habit, &idle.line) {
+                idle.line.closing.store(true, Relaxed);
                 continue;
             }
             if !idle.sender.is_ready() {
@@ -243,6 +253,7 @@ impl Pool {
         shared.served += 1;
         if shared.served >= self.requests_per_connection() {
             shared.line.closing.store(true, Relaxed);
+            self.place.metrics.cx_max_requests.inc();
         }
         shared.line.set_idle(None);
         let held = Some(Held::H2 { sender: shared.sender.clone() });
@@ -272,10 +283,10 @@ impl Pool {
             let permit = match Permit::take(&self.breakers, Limit::Connections) {
                 Ok(permit) => permit,
                 Err(_) if inner.open + inner.connecting == 0 => Permit::force(&self.breakers, Limit::Connections),
-                Err(_) => return,
+                Err(_) => return self.place.metrics.cx_overflow.inc(),
             };
             inner.connecting += 1;
-            let connected = Connected::new(permit, &self.place.host.stats);
+            let connected = Connected::new(permit, &self.place.host.stats, &self.place.metrics);
             tokio::spawn(Arc::clone(self).open(connected));
         }
     }
@@ -303,7 +314,6 @@ impl Pool {
 
     /// Everybody who waits is told: if one connection cannot be opened the next would most likely fail too.
     fn failed(&self, failure: &Failure) {
-        self.place.host.stats.totals.connect_failures.fetch_add(1, Relaxed);
         let mut inner = self.inner();
         inner.connecting -= 1;
         let waiting = std::mem::take(&mut inner.waiting);
@@ -401,6 +411,12 @@ impl Pool {
         }
         let over = idle_from.is_some() && (is_idle || is_old);
         if over {
+            let metrics = &self.place.metrics;
+            if is_old {
+                metrics.cx_max_duration.inc()
+            } else {
+                metrics.cx_idle_timeout.inc()
+            }
             self.inner().forget(line);
         }
         over
@@ -410,6 +426,13 @@ impl Pool {
     pub(super) fn closed(self: &Arc<Self>, line: &Arc<Line>, by_peer: bool) {
         let mut inner = self.inner();
         inner.open -= 1;
+        let metrics = &self.place.metrics;
+        let by_peer = by_peer && !line.closing.load(Relaxed);
+        if by_peer {
+            metrics.cx_destroy_remote.inc()
+        } else {
+            metrics.cx_destroy_local.inc()
+        }
         if let Some(from) = line.idle_from().filter(|_| by_peer) {
             inner.habit.closed(from.elapsed());
         }
@@ -422,8 +445,8 @@ impl Pool {
         let mut inner = self.inner();
         inner.retired = true;
         let idle = std::mem::take(&mut inner.idle);
-        for shared in &inner.shared {
-            shared.line.closing.store(true, Relaxed);
+        for line in idle.iter().map(|idle| &idle.line).chain(inner.shared.iter().map(|shared| &shared.line)) {
+            line.closing.store(true, Relaxed);
         }
         let (unused, used) = std::mem::take(&mut inner.shared).into_iter().partition(|s: &Shared| s.active == 0);
         inner.shared = used;
@@ -461,9 +484,12 @@ struct Waiting<'a> {
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
+        let metrics = &self.pool.place.metrics;
+        metrics.rq_pending_active.dec();
         if self.answered {
             return;
         }
+        metrics.rq_cancelled.inc();
         // The receiver goes first when the future is dropped, so its sender is closed by now.
         self.pool.inner().waiting.retain(|waiting| !waiting.is_closed());
     }
@@ -528,6 +554,9 @@ impl Drop for Lease {
             }
             Some(Held::H1 { mut sender, served }) => {
                 let done = served >= self.pool.requests_per_connection();
+                if done {
+                    self.pool.place.metrics.cx_max_requests.inc();
+                }
                 if !self.clean || done || sender.is_closed() {
                     return;
                 }

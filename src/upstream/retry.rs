@@ -14,6 +14,10 @@ pub(super) struct Retries<'a> {
     left: u32,
     next: Duration,
     tried: SmallVec<[u32; 4]>,
+    tries: u32,
+    /// Priorities of the hosts tried so far, and those of them that are passed over, a bit each.
+    seen: u32,
+    passed: u32,
 }
 
 impl<'a> Retries<'a> {
@@ -23,6 +27,9 @@ impl<'a> Retries<'a> {
             left: policy.map_or(0, |p| p.retries),
             next: policy.map_or(Duration::ZERO, |p| p.backoff_base),
             tried: SmallVec::new(),
+            tries: 0,
+            seen: 0,
+            passed: 0,
         }
     }
 
@@ -34,7 +41,13 @@ impl<'a> Retries<'a> {
     }
 
     /// A host is being tried.
-    pub(super) fn tries(&mut self, host: u32) {
+    pub(super) fn tries(&mut self, host: u32, priority: u32) {
+        self.tries += 1;
+        self.seen |= 1_u32.checked_shl(priority).unwrap_or(0);
+        let every = self.policy.and_then(|p| p.previous_priorities).unwrap_or(0);
+        if self.tries.checked_rem(every) == Some(0) {
+            self.passed = self.seen;
+        }
         if self.policy.is_some_and(|p| p.avoid_previous_hosts) {
             self.tried.push(host);
         }
@@ -44,7 +57,7 @@ impl<'a> Retries<'a> {
     pub(super) fn wish(&self, hash: Option<u64>) -> Wish<'_> {
         let attempts =
             if self.tried.is_empty() { 0 } else { self.policy.map_or(0, |p| p.host_selection_attempts.max(1)) };
-        Wish { hash, avoid: &self.tried, attempts }
+        Wish { hash, avoid: &self.tried, attempts, pass_over: self.passed }
     }
 
     /// The pause before the next try: anything up to an interval that doubles with each. `draw` is in 0..1.
@@ -87,11 +100,23 @@ mod tests {
     }
 
     #[test]
+    fn priorities_are_passed_over_after_some_tries() {
+        let policy = RetryPolicy { previous_priorities: Some(2), ..policy() };
+        let mut retries = Retries::new(Some(&policy));
+        let mut passed = Vec::new();
+        for priority in [0, 0, 1, 2, 2] {
+            retries.tries(7, priority);
+            passed.push(retries.wish(None).pass_over);
+        }
+        assert_eq!(passed, [0, 0b1, 0b1, 0b111, 0b111]);
+    }
+
+    #[test]
     fn retries_run_out_and_remember_hosts() {
         let policy = policy();
         let mut retries = Retries::new(Some(&policy));
         assert_eq!(retries.wish(None).attempts, 0);
-        retries.tries(3);
+        retries.tries(3, 0);
         assert_eq!((retries.wish(None).avoid, retries.wish(None).attempts), (&[3][..], 5));
         assert!(retries.take() && retries.take() && !retries.take());
         assert!(!Retries::new(None).take());

@@ -43,6 +43,17 @@ enum Tried {
     Failed(Failed),
 }
 
+impl Tried {
+    /// Makes room for the next try. A response that has no body leaves its connection usable, any other closes it.
+    fn discard(self) {
+        if let Self::Answered(response, hold) = self {
+            if http_body::Body::is_end_stream(response.body()) {
+                hold.finish();
+            }
+        }
+    }
+}
+
 struct Failed {
     error: Error,
     reused: bool,
@@ -78,15 +89,38 @@ pub(super) async fn send(
         told: timer.snapshot(),
         request,
     };
+    let started = Instant::now();
     let result = tokio::select! {
         biased;
         result = whole.run(trace) => Some(result),
         () = timer.over() => None,
     };
+    let result = result.unwrap_or_else(|| Err(timed_out(call, trace)));
+    count(call, &result, trace, started);
+    result.map(|(response, hold)| answer(call, response, *hold, timer))
+}
+
+type Reply = (http::Response<Incoming>, Box<Hold>);
+
+/// Counts the request as a whole.
+fn count(call: &Call<'_>, result: &Result<Reply, Error>, trace: &Trace, started: Instant) {
+    let metrics = &call.cluster.metrics;
+    let status = match result {
+        Ok((response, _)) => response.status().as_u16(),
+        Err(error) => error.kind.row().status,
+    };
+    metrics.count_status(status);
+    if trace.attempts > 1 && status < 500 {
+        metrics.rq_retry_success.inc();
+    }
     match result {
-        Some(Ok((response, hold))) => Ok(answer(call, response, *hold, timer)),
-        Some(Err(error)) => Err(error),
-        None => Err(timed_out(call, trace)),
+        Ok(_) => metrics.rq_time.record(u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX)),
+        Err(error) => match error.kind {
+            Kind::ResponseTimeout => metrics.rq_timeout.inc(),
+            Kind::NoHealthyHost => metrics.cx_none_healthy.inc(),
+            Kind::UpstreamProtocol => metrics.cx_protocol_error.inc(),
+            _ => {}
+        },
     }
 }
 
@@ -110,7 +144,7 @@ fn answer(call: &Call<'_>, mut response: http::Response<Incoming>, hold: Hold, t
 }
 
 impl Exchange<'_> {
-    async fn run(&mut self, trace: &mut Trace) -> Result<(http::Response<Incoming>, Box<Hold>), Error> {
+    async fn run(&mut self, trace: &mut Trace) -> Result<Reply, Error> {
         trace.attempts = 1;
         loop {
             let tried = self.one(trace).await;
@@ -124,10 +158,11 @@ impl Exchange<'_> {
                 continue;
             }
             if judgement.retry && self.may_retry(trace) {
-                drop(tried);
+                tried.discard();
                 tokio::time::sleep(self.retries.pause(self.call.cluster.draw())).await;
                 trace.attempts += 1;
                 self.recount(trace.attempts);
+                self.tell_timeout();
                 continue;
             }
             return match tried {
@@ -166,6 +201,12 @@ impl Exchange<'_> {
         if let Some(signal) = judgement.signal.filter(|_| !judgement.repeat) {
             self.call.cluster.record(&host.stats, signal);
         }
+        let metrics = &self.call.cluster.metrics;
+        match judgement.why {
+            Some(Kind::PerTryTimeout) => metrics.rq_per_try_timeout.inc(),
+            Some(Kind::UpstreamReset | Kind::UpstreamRefused) => metrics.rq_rx_reset.inc(),
+            _ => {}
+        }
         if judgement.error {
             host.stats.totals.errors.fetch_add(1, Relaxed);
         }
@@ -175,6 +216,7 @@ impl Exchange<'_> {
     fn may_retry(&mut self, trace: &mut Trace) -> bool {
         if !self.retries.take() {
             trace.flags.insert(Flags::URX);
+            self.call.cluster.metrics.rq_retry_limit_exceeded.inc();
             return false;
         }
         if !self.body.is_left() {
@@ -183,10 +225,12 @@ impl Exchange<'_> {
         let shared = &self.call.cluster.shared;
         match Permit::retry(&shared.breakers, &shared.config.limits) {
             Ok(permit) => {
+                self.call.cluster.metrics.rq_retry.inc();
                 self.retry_permit = Some(permit);
                 true
             }
             Err(_) => {
+                self.call.cluster.metrics.rq_retry_overflow.inc();
                 trace.flags.insert(Flags::UO);
                 false
             }
@@ -209,7 +253,7 @@ impl Exchange<'_> {
             return Failed::before(Error::local(Kind::NoHealthyHost));
         };
         if let Some(at) = picked.at {
-            self.retries.tries(at);
+            self.retries.tries(at, picked.host.priority);
         }
         trace.host = Some(Arc::clone(&picked.host));
         let key = self.key(&picked);
@@ -264,7 +308,7 @@ impl Exchange<'_> {
             Ok(head) => Request::from_parts(head, body),
             Err(error) => return Failed::before(error),
         };
-        let active = Active::enter(&lease.pool.place.host.stats);
+        let active = Active::enter(&lease.pool.place.host.stats, &self.call.cluster.metrics);
         let mut limit = Timer::new(self.call.retry.and_then(|p| p.per_try_timeout), self.request.clone());
         let sent = tokio::select! {
             biased;
@@ -275,8 +319,7 @@ impl Exchange<'_> {
             Some(Ok(response)) => {
                 trace.first_byte = Some(Instant::now());
                 note_keep_alive(&lease, &response);
-                let hold =
-                    Hold { lease, request: self.request.clone(), _active: active, _permit: permit, _retry: None };
+                let hold = Hold { lease, request: self.request.clone(), _active: active, _permit: permit };
                 Tried::Answered(response, Box::new(hold))
             }
             Some(Err((error, unsent))) => {
@@ -287,6 +330,8 @@ impl Exchange<'_> {
                 let client_failed = self.request.as_ref().is_some_and(|request| request.failed());
                 let is_unsent = unsent.is_some() || !written;
                 if let Some(unsent) = unsent {
+                    // A connection that takes no requests takes none later either.
+                    lease.line.closing.store(true, Relaxed);
                     self.body.give_back(unsent.into_body());
                 }
                 let error = failure::classify(error, client_failed, answered);
@@ -303,7 +348,6 @@ impl Exchange<'_> {
 
     /// The head for one try, in the words of the connection's version.
     fn head(&mut self, h2: bool) -> Result<http::request::Parts, Error> {
-        self.tell_timeout();
         // Copied for each try: hyper takes it. The last try could have it whole, if it were known to be the last.
         let mut head = self.parts.clone();
         let path = head.uri.path_and_query().cloned().unwrap_or_else(|| PathAndQuery::from_static("/"));

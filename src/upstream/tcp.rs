@@ -46,18 +46,21 @@ async fn one(call: &TcpCall<'_>, trace: &mut Trace) -> Result<TcpUpstream, Error
     let cluster = call.cluster;
     let shared = &cluster.shared;
     trace.started = Some(Instant::now());
-    let connection = Permit::take(&shared.breakers, Limit::Connections)?;
-    let wish = Wish { hash: call.hash, avoid: &[], attempts: 0 };
-    let picked = cluster.pick(wish, call.original_dst).ok_or_else(|| Error::local(Kind::NoHealthyHost))?;
+    let connection =
+        Permit::take(&shared.breakers, Limit::Connections).inspect_err(|_| cluster.metrics.cx_overflow.inc())?;
+    let wish = Wish { hash: call.hash, avoid: &[], attempts: 0, pass_over: 0 };
+    let Some(picked) = cluster.pick(wish, call.original_dst) else {
+        cluster.metrics.cx_none_healthy.inc();
+        return Err(Error::local(Kind::NoHealthyHost));
+    };
     trace.host = Some(Arc::clone(&picked.host));
     let stats = &picked.host.stats;
     let pending = Permit::take(&shared.breakers, Limit::Pending)?;
-    let connected = Connected::new(connection, stats);
+    let connected = Connected::new(connection, stats, &cluster.metrics);
     let hello = Hello { alpn: None, host: None, client: call.client };
     let opened = match picked.pools.place.open(hello).await {
         Ok(opened) => opened,
         Err(failure) => {
-            stats.totals.connect_failures.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             let error = failure.error();
             if error.source == crate::error::Source::Upstream {
                 cluster.record(stats, Signal::Broken);
@@ -72,6 +75,6 @@ async fn one(call: &TcpCall<'_>, trace: &mut Trace) -> Result<TcpUpstream, Error
     trace.ready = Some(Instant::now());
     trace.upstream_local = opened.local;
     trace.peer.clone_from(&opened.peer);
-    let hold = TcpHold { _connected: connected, _active: Active::enter(stats), _request: request };
+    let hold = TcpHold { _connected: connected, _active: Active::enter(stats, &cluster.metrics), _request: request };
     Ok(TcpUpstream { stream: opened.stream, host: picked.host, local: opened.local, peer: opened.peer, _hold: hold })
 }

@@ -7,20 +7,22 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 
 use proxy_config::model::ClusterKind;
 
+use super::breaker::Metrics;
 use super::conn::Place;
 use super::lb::{Balancer, Wish};
-use super::outlier::{Detector, Policy, Signal};
+use super::outlier::{Cause, Detector, Policy, Signal};
 use super::pool::{Key, Pool};
 use crate::snapshot::{ClusterId, ClusterShared, Host, HostStats, Snapshot, Transport};
+use crate::telemetry::{NodeLabels, Shard, Telemetry};
 
 /// Original destinations of a cluster that are remembered before the unused ones are looked for.
 const DYNAMIC_HOSTS: usize = 64;
 
 /// A snapshot with this worker's state for it.
-#[derive(Default)]
 pub struct View {
     /// The configuration.
     pub snap: Arc<Snapshot>,
+    shard: Arc<Shard>,
     clusters: Box<[OnceLock<Arc<ClusterLocal>>]>,
 }
 
@@ -30,9 +32,23 @@ impl fmt::Debug for View {
     }
 }
 
+impl Default for View {
+    fn default() -> Self {
+        Self::new(Arc::default(), None)
+    }
+}
+
 impl View {
-    /// A view; connections of hosts that stay come along from `prev`, the others are closed as they become idle.
+    /// A view; connections of hosts that stay come along from `prev`, the others are closed as they become idle. So does
+    /// the worker's shard of the metrics; without `prev` the counts go where nobody reads them.
     pub fn new(snap: Arc<Snapshot>, prev: Option<&Self>) -> Self {
+        let nowhere = || Telemetry::new(NodeLabels::default()).shard();
+        let shard = prev.map_or_else(nowhere, |prev| Arc::clone(&prev.shard));
+        Self::counted(snap, shard, prev)
+    }
+
+    /// A view that counts in `shard`, which must be that of `prev`.
+    pub fn counted(snap: Arc<Snapshot>, shard: Arc<Shard>, prev: Option<&Self>) -> Self {
         let clusters: Box<[OnceLock<Arc<ClusterLocal>>]> = snap.clusters().iter().map(|_| OnceLock::new()).collect();
         for old in prev.iter().flat_map(|view| &view.clusters).filter_map(OnceLock::get) {
             let Some(id) = snap.cluster_id(&old.shared.name) else {
@@ -43,19 +59,22 @@ impl View {
             let new = if Arc::ptr_eq(shared, &old.shared) {
                 Arc::clone(old)
             } else {
-                let new = ClusterLocal::new(Arc::clone(shared), Some(old));
+                let new = ClusterLocal::new(Arc::clone(shared), shard.cluster(&shared.name), Some(old));
                 old.retire(Some(&new));
                 new
             };
             // Nobody else has the slots yet.
             let _ = clusters[id.index()].set(new);
         }
-        Self { snap, clusters }
+        Self { snap, shard, clusters }
     }
 
     /// This worker's part of a cluster, made when it is first asked for.
     pub fn cluster(&self, id: ClusterId) -> &Arc<ClusterLocal> {
-        self.clusters[id.index()].get_or_init(|| ClusterLocal::new(Arc::clone(self.snap.cluster(id)), None))
+        self.clusters[id.index()].get_or_init(|| {
+            let shared = self.snap.cluster(id);
+            ClusterLocal::new(Arc::clone(shared), self.shard.cluster(&shared.name), None)
+        })
     }
 
     /// The clusters that this worker has used.
@@ -68,6 +87,8 @@ impl View {
 pub struct ClusterLocal {
     /// What all workers share.
     pub shared: Arc<ClusterShared>,
+    /// What this worker counts about it.
+    pub metrics: Metrics,
     /// By position in [`crate::snapshot::HostSet::all`].
     hosts: Box<[Arc<HostPools>]>,
     /// Original destinations.
@@ -98,14 +119,14 @@ pub(super) struct Picked {
 
 impl ClusterLocal {
     /// A worker's part of a cluster. Pools of hosts whose socket did not change come along from `prev`.
-    pub fn new(shared: Arc<ClusterShared>, prev: Option<&Self>) -> Arc<Self> {
+    pub fn new(shared: Arc<ClusterShared>, metrics: Metrics, prev: Option<&Self>) -> Arc<Self> {
         let prev = prev.filter(|prev| same_connections(&prev.shared, &shared));
         let old: HashMap<*const HostStats, &Arc<HostPools>> =
             prev.into_iter().flat_map(|prev| &prev.hosts).map(|p| (Arc::as_ptr(&p.place.host.stats), p)).collect();
         let pools = |host: &Arc<Host>| {
             let transport = shared.transport(host);
             let same = old.get(&Arc::as_ptr(&host.stats)).filter(|p| same_transport(&p.place.transport, transport));
-            same.map_or_else(|| HostPools::new(&shared, host), |pools| Arc::clone(pools))
+            same.map_or_else(|| HostPools::new(&shared, host, &metrics), |pools| Arc::clone(pools))
         };
         let same_socket = |prev: &&Self| same_transport(prev.shared.default_transport(), shared.default_transport());
         let dynamic = prev.filter(same_socket);
@@ -115,6 +136,7 @@ impl ClusterLocal {
             balancer: Mutex::new(Balancer::new(fastrand::u64(..))),
             outlier: shared.config.outlier.as_ref().map(Policy::new),
             shared,
+            metrics,
         });
         local.watch();
         local
@@ -157,10 +179,15 @@ impl ClusterLocal {
         }
         let (host, pools) = dynamic.entry(address).or_insert_with(|| {
             let host = Arc::new(Host::original(address, usize::MAX));
-            let pools = HostPools::new(&self.shared, &host);
+            let pools = HostPools::new(&self.shared, &host, &self.metrics);
             (host, pools)
         });
         Picked { at: None, host: Arc::clone(host), pools: Arc::clone(pools) }
+    }
+
+    /// The host that the next request would go to; `None`: nobody. It takes its turn.
+    pub fn choose(&self, hash: Option<u64>, original_dst: Option<SocketAddr>) -> Option<Arc<Host>> {
+        self.pick(Wish { hash, avoid: &[], attempts: 0, pass_over: 0 }, original_dst).map(|picked| picked.host)
     }
 
     /// A number below 1.
@@ -172,7 +199,18 @@ impl ClusterLocal {
     pub(super) fn record(&self, host: &HostStats, signal: Signal) {
         let Some(detector) = self.detector() else { return };
         let draw = lock(&self.balancer).draw(100);
-        detector.record(host, signal, self.shared.breakers.clock(), draw);
+        let verdict = detector.record(host, signal, self.shared.breakers.clock(), draw);
+        let metrics = &self.metrics;
+        if verdict.overflow {
+            metrics.ejections_overflow.inc();
+        }
+        let Some(cause) = verdict.ejected else { return };
+        metrics.ejections_enforced.inc();
+        match cause {
+            Cause::ServerError => metrics.ejections_consecutive_5xx.inc(),
+            Cause::Gateway => metrics.ejections_consecutive_gateway_failure.inc(),
+            Cause::LocalOrigin => metrics.ejections_consecutive_local_origin.inc(),
+        }
     }
 
     fn detector(&self) -> Option<Detector<'_>> {
@@ -181,7 +219,7 @@ impl ClusterLocal {
     }
 
     /// Closes what is idle and not part of `next`.
-    fn retire(&self, next: Option<&Self>) {
+    pub(super) fn retire(&self, next: Option<&Self>) {
         let kept: Vec<*const HostPools> = next.iter().flat_map(|next| &next.hosts).map(Arc::as_ptr).collect();
         for pools in self.hosts.iter().filter(|pools| !kept.contains(&Arc::as_ptr(pools))) {
             pools.retire();
@@ -216,11 +254,12 @@ pub(super) struct HostPools {
 }
 
 impl HostPools {
-    fn new(shared: &ClusterShared, host: &Arc<Host>) -> Arc<Self> {
+    fn new(shared: &ClusterShared, host: &Arc<Host>, metrics: &Metrics) -> Arc<Self> {
         let place = Place {
             host: Arc::clone(host),
             transport: shared.transport(host).clone(),
             config: Arc::clone(&shared.config),
+            metrics: Arc::clone(metrics),
         };
         Arc::new(Self { place, breakers: Arc::clone(&shared.breakers), pools: Mutex::default() })
     }
