@@ -113,7 +113,7 @@ impl Draft {
     fn connections(&mut self, tcp: &TcpPool, http: &HttpPool) {
         let is_http2 = self.is_http2();
         let out = &mut self.cluster.http;
-        let idle = plain(http.idle_timeout).or(plain(tcp.idle_timeout));
+        let idle = plain(http.idle_timeout.or(tcp.idle_timeout));
         let life = plain(tcp.max_connection_duration);
         let (requests, streams) = (http.max_requests_per_connection, http.max_concurrent_streams);
         let ping = http.http2_keep_alive;

@@ -2,25 +2,31 @@
 
 use super::cluster_tls;
 use super::clusters::Inputs;
-use super::destination_rules::{Applied, DestinationRules};
+use super::destination_rules::{DestinationRules, Source};
 use crate::istio::destination_rule::{ClientTls, LoadBalancer, TlsMode, TrafficPolicy};
 use crate::model::{Reject, Severity};
 
 /// Everything that the rules in force say and that is not served as said.
 pub(super) fn check(rules: &DestinationRules) -> Vec<Reject> {
+    let applied = rules.all().into_iter();
+    applied.flat_map(|r| check_one(Source { namespace: &r.namespace, name: &r.name, spec: &r.spec })).collect()
+}
+
+/// The same for one rule as it was written, whatever proxy it is for.
+pub fn check_one(rule: Source<'_>) -> Vec<Reject> {
     let mut out = Vec::new();
-    for rule in rules.all() {
-        let mut told = Told { resource: format!("DestinationRule {}/{}", rule.namespace, rule.name), out: &mut out };
-        let selector = rule.spec.workload_selector.is_some();
-        if let Some(policy) = &rule.spec.traffic_policy {
-            told.policy("spec.trafficPolicy", policy, selector);
+    let mut told = Told { resource: format!("DestinationRule {}/{}", rule.namespace, rule.name), out: &mut out };
+    let selector = rule.spec.workload_selector.is_some();
+    if let Some(policy) = &rule.spec.traffic_policy {
+        told.policy("spec.trafficPolicy", policy, selector);
+    }
+    for (i, subset) in rule.spec.subsets.iter().enumerate() {
+        if rule.spec.subsets[..i].iter().any(|s| s.name == subset.name) {
+            told.warning(&format!("spec.subsets[{i}].name"), "was said before; the first subset of a name counts");
         }
-        for (i, subset) in rule.spec.subsets.iter().enumerate() {
-            if let Some(policy) = &subset.traffic_policy {
-                told.policy(&format!("spec.subsets[{i}].trafficPolicy"), policy, selector);
-            }
+        if let Some(policy) = &subset.traffic_policy {
+            told.policy(&format!("spec.subsets[{i}].trafficPolicy"), policy, selector);
         }
-        told.duplicates(rule);
     }
     out
 }
@@ -126,14 +132,6 @@ impl Told<'_> {
         }
         if tls.insecure_skip_verify == Some(true) {
             self.warning(&format!("{at}.insecureSkipVerify"), "the server's certificate is not verified");
-        }
-    }
-
-    fn duplicates(&mut self, rule: &Applied) {
-        for (i, subset) in rule.spec.subsets.iter().enumerate() {
-            if rule.spec.subsets[..i].iter().any(|s| s.name == subset.name) {
-                self.warning(&format!("spec.subsets[{i}].name"), "was said before; the first subset of a name counts");
-            }
         }
     }
 }

@@ -73,9 +73,11 @@ pub(super) struct Group {
     pub(super) locality: Locality,
     pub(super) priority: u32,
     pub(super) weight: Option<u32>,
-    /// Endpoints with the labels of their workloads.
-    pub(super) endpoints: Vec<(Endpoint, BTreeMap<String, String>)>,
+    pub(super) endpoints: Vec<Labelled>,
 }
+
+/// An endpoint with the labels of its workload.
+pub(super) type Labelled = (Endpoint, BTreeMap<String, String>);
 
 impl Group {
     /// The weight of the locality is that of its endpoints.
@@ -167,7 +169,7 @@ fn by_labels(groups: Vec<Group>, labels: &[String], own: &BTreeMap<String, Strin
         .collect();
     let mut out = Vec::new();
     for group in groups {
-        let mut split: BTreeMap<usize, Vec<(Endpoint, BTreeMap<String, String>)>> = BTreeMap::new();
+        let mut split: BTreeMap<usize, Vec<Labelled>> = BTreeMap::new();
         for endpoint in group.endpoints {
             let differs = |(key, value): &(&str, &str)| endpoint.1.get(*key).map_or("", String::as_str) != *value;
             let priority = wanted.iter().position(differs).map_or(0, |at| wanted.len() - at);

@@ -9,7 +9,7 @@ mod cluster_outbound;
 mod cluster_policy;
 mod cluster_tls;
 pub mod clusters;
-mod destination_rule_check;
+pub mod destination_rule_check;
 pub mod destination_rules;
 mod endpoints;
 #[cfg(test)]

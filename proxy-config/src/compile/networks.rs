@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::net::IpAddr;
 
 use super::cluster_outbound::Site;
-use super::locality::Group;
+use super::locality::{Group, Labelled};
 use crate::model::{Address, Endpoint, HealthStatus};
 use crate::registry::ServiceEndpoint;
 
@@ -82,7 +82,7 @@ fn scale(gateways: &[Gateway<'_>]) -> u32 {
     counts.into_values().fold(1, |lcm, n| lcm / gcd(lcm, n) * n)
 }
 
-fn through((network, ip, port): Gateway<'_>, weight: u32) -> (Endpoint, BTreeMap<String, String>) {
+fn through((network, ip, port): Gateway<'_>, weight: u32) -> Labelled {
     let endpoint = Endpoint {
         address: Address::Socket((ip, port).into()),
         health: HealthStatus::Unknown,

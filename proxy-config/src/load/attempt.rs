@@ -216,9 +216,13 @@ fn apply_sidecar(
     Seen { scope: Scope::new(&spec.egress, &proxy.namespace), targets, closed }
 }
 
-/// What is wrong with objects whatever proxy they are for: every VirtualService and every policy by itself.
+/// What is wrong with objects whatever proxy they are for: every rule, VirtualService and policy by itself.
 pub(super) fn check(objects: &Objects) -> Vec<Reject> {
     let mut out = Vec::new();
+    for Object { meta, spec } in &objects.destination_rules {
+        let rule = destination_rules::Source { namespace: &meta.namespace, name: &meta.name, spec };
+        out.extend(crate::compile::destination_rule_check::check_one(rule));
+    }
     let mut namespaces: BTreeSet<&str> = BTreeSet::new();
     namespaces.extend(objects.virtual_services.iter().map(|o| o.meta.namespace.as_str()));
     let mut seen = Vec::new();
