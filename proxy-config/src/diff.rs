@@ -53,16 +53,22 @@ const SETS: [&str; 25] = [
     "upgrades",
 ];
 
-/// Every field in which the models differ, in path order.
+/// Every field in which the models differ, in path order. Resources without a name table say nothing about names:
+/// a proxy that does not answer DNS does not ask for it.
 pub fn diff(yaml: &Model, xds: &Model) -> Vec<Difference> {
     let json = |model: &Model| serde_json::to_value(model).expect("every map of a model has text keys");
+    let (mut said, recorded) = (sorted(json(yaml), ""), sorted(json(xds), ""));
+    if xds.names.is_empty() {
+        said["names"] = recorded["names"].clone();
+    }
     let mut out = Vec::new();
-    compare("", "", &sorted(json(yaml), ""), &sorted(json(xds), ""), &mut out);
+    compare("", "", &said, &recorded, &mut out);
     out.sort();
     out
 }
 
-/// Sorts every list that is a set, innermost first, so that equal sets are equal values.
+/// Sorts every list that is a set, innermost first, so that equal sets are equal values. An unknown health counts as
+/// healthy everywhere, so here too.
 fn sorted(value: Value, field: &str) -> Value {
     match value {
         Value::Object(fields) => Value::Object(fields.into_iter().map(|(k, v)| (k.clone(), sorted(v, &k))).collect()),
@@ -73,6 +79,7 @@ fn sorted(value: Value, field: &str) -> Value {
             }
             Value::Array(items)
         }
+        Value::String(health) if field == "health" && health == "Unknown" => Value::from("Healthy"),
         other => other,
     }
 }
@@ -145,7 +152,7 @@ fn keyed<'v>(field: &str, items: &'v [Value]) -> Option<BTreeMap<String, &'v Val
     let name: fn(&Value) -> String = match field {
         "filter_chains" => chain_name,
         "virtual_hosts" => |v| plain(&v["name"]),
-        "clusters" => |v| plain(v.get("cluster").unwrap_or(&v["name"])),
+        "clusters" => |v| plain(v.get("cluster").unwrap_or_else(|| &v["name"])),
         "localities" => |v| {
             let place = &v["locality"];
             format!(
@@ -249,6 +256,7 @@ mod tests {
         let a = model(vec![host("a", &["x", "y"]), host("b", &[])]);
         let mut b = model(vec![host("a", &["x", "z", "w"])]);
         b.names.insert(Name::from("h.x"), NameInfo::default());
+        assert_eq!(lines(&b, &Model::default()).len(), 1, "names without a name table");
         assert_eq!(
             lines(&a, &b),
             [

@@ -50,9 +50,8 @@ fn endpoint(mut of: LbEndpoint, reader: &mut Reader) -> Read<Endpoint> {
         Ok(PbHealth::Degraded) => HealthStatus::Degraded,
         Err(_) => return Err(Fault::new("unknown health_status")),
     };
-    let mut host = match of.host_identifier.take() {
-        Some(lb_endpoint::HostIdentifier::Endpoint(endpoint)) => endpoint,
-        _ => return Err(Fault::new("no endpoint")),
+    let Some(lb_endpoint::HostIdentifier::Endpoint(mut host)) = of.host_identifier.take() else {
+        return Err(Fault::new("no endpoint"));
     };
     let address = host.address.take().ok_or_else(|| Fault::new("no address"));
     let mut out = Endpoint {

@@ -96,9 +96,8 @@ fn exact_balance(of: Option<listener::ConnectionBalanceConfig>, reader: &mut Rea
 
 fn listener_filter(of: pb::ListenerFilter, reader: &mut Reader) -> Read<ListenerFilter> {
     let disabled = of.filter_disabled.map(predicate).transpose().at("filter_disabled")?;
-    let any = match of.config_type {
-        Some(listener_filter::ConfigType::TypedConfig(any)) => any,
-        _ => return Err(Fault::new(format!("listener filter {} has no typed_config", of.name))),
+    let Some(listener_filter::ConfigType::TypedConfig(any)) = of.config_type else {
+        return Err(Fault::new(format!("listener filter {} has no typed_config", of.name)));
     };
     let kind = match type_name(&any.type_url) {
         "envoy.extensions.filters.listener.original_dst.v3.OriginalDst" => ListenerFilterKind::OriginalDst,
