@@ -2,6 +2,7 @@
 
 mod host;
 mod observe;
+mod ports;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -20,6 +21,7 @@ use crate::drain::{Drain, Phase, Plan};
 use crate::snapshot::Snapshot;
 use crate::telemetry::logging;
 use crate::worker::{self, Workers};
+use ports::Ports;
 
 /// How long an orderly goodbye without `EXIT_ON_ZERO_ACTIVE_CONNECTIONS` takes when ProxyConfig says nothing.
 const TERMINATION_DRAIN: Duration = Duration::from_secs(5);
@@ -79,7 +81,8 @@ impl std::error::Error for Died {}
 /// # Errors
 /// What keeps it from starting; [`Died`] when it ends without being told.
 pub fn run(args: &ProxyArgs, variables: BTreeMap<String, String>) -> Result<()> {
-    let _logging = logging::start(&args.log_level, args.log_json)?;
+    let levels = logging::start(&args.log_level, args.log_json)?;
+    let ports = Ports::new(args, &variables, levels);
     let plan = plan(&variables);
     let workers = args.concurrency.filter(|n| *n > 0).unwrap_or_else(|| host::concurrency(&variables));
     let certs = args.inputs.certs.clone().map_or(Certs::None, Certs::Folder);
@@ -88,7 +91,7 @@ pub fn run(args: &ProxyArgs, variables: BTreeMap<String, String>) -> Result<()> 
     let control = Control::start(settings)?;
     // This thread is the control thread.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(Box::pin(serve(args, control, workers, plan)))
+    runtime.block_on(Box::pin(serve(args, &ports, control, workers, plan)))
 }
 
 /// What a goodbye looks like.
@@ -105,9 +108,10 @@ fn plan(variables: &BTreeMap<String, String>) -> Plan {
     Plan { min: max, max, exit_on_zero: false }
 }
 
-async fn serve(args: &ProxyArgs, control: Control, count: usize, plan: Plan) -> Result<()> {
+async fn serve(args: &ProxyArgs, ports: &Ports, control: Control, count: usize, plan: Plan) -> Result<()> {
     let first = control.published();
     let (drain, leaving) = Drain::new();
+    let drain = Arc::new(drain);
     let (snapshots, receiver) = watch::channel(Arc::clone(&first.snapshot));
     let telemetry = observe::telemetry(&first.proxy);
     let _logs = observe::logs(args.access_log.as_deref(), &telemetry)?;
@@ -118,6 +122,7 @@ async fn serve(args: &ProxyArgs, control: Control, count: usize, plan: Plan) -> 
     }
     observe::published(&first, &telemetry);
     let (publish, published) = watch::channel(first);
+    ports.open(&ports.state(published.clone(), &telemetry, &drain, workers.handles()))?;
     let (ready, is_ready) = watch::channel(false);
     let (ask, asked) = mpsc::channel(1);
     let folder = control.publish_health();
@@ -130,9 +135,13 @@ async fn serve(args: &ProxyArgs, control: Control, count: usize, plan: Plan) -> 
     let leave = leave(&drain, plan, ask);
     tokio::pin!(leave);
     let mut following = published.clone();
+    let mut gone = leaving.clone();
     loop {
         tokio::select! {
+            // Told to go is looked at before workers that went because of it.
+            biased;
             () = &mut leave => break,
+            () = gone.reached(Phase::Gone) => break,
             changed = following.changed() => {
                 if changed.is_err() {
                     return Err(Died("the control loop ended".to_owned()).into());

@@ -169,6 +169,10 @@ impl Flags {
     pub fn intersects(self, other: Self) -> bool {
         self.0 & other.0 != 0
     }
+    /// The set as a number.
+    pub fn bits(self) -> u32 {
+        self.0
+    }
     /// A flag by Envoy's short string.
     pub fn named(name: &str) -> Option<Self> {
         Self::ALL.iter().find(|(_, text)| *text == name).map(|(flag, _)| *flag)

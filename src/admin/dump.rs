@@ -137,7 +137,7 @@ pub(super) fn server_info(admin: &Admin) -> Value {
         "hot_restart_version": "disabled",
         "uptime_current_epoch": format!("{uptime}s"),
         "uptime_all_epochs": format!("{uptime}s"),
-        "command_line_options": { "concurrency": admin.workers.len(), "arguments": &*admin.arguments },
+        "command_line_options": { "concurrency": admin.workers.len() },
         "node": whose(&published),
         "config_version": published.version,
     })

@@ -48,8 +48,6 @@ pub struct Admin {
     pub started: SystemTime,
     /// `/healthcheck/fail` was asked for: not ready until `/healthcheck/ok`.
     pub failed: Arc<AtomicBool>,
-    /// The command line, for `/server_info`.
-    pub arguments: Arc<[String]>,
 }
 
 impl Admin {

@@ -38,7 +38,6 @@ fn fixture() -> Fixture {
         levels: None,
         started: SystemTime::now(),
         failed: Arc::new(AtomicBool::new(false)),
-        arguments: Arc::from(["proxy".to_owned()]),
     };
     Fixture { admin, publish, _workers: workers }
 }

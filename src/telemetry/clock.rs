@@ -1,6 +1,5 @@
 //! Points in time as text: `strftime` without a locale.
 
-use std::io::Write as _;
 use std::time::SystemTime;
 
 /// A piece of a time format.
@@ -50,46 +49,48 @@ pub(super) fn time_format(said: &str) -> Option<Box<[TimePiece]>> {
 
 pub(super) fn write_time(at: SystemTime, pieces: &[TimePiece], out: &mut Vec<u8>) {
     let time = time::OffsetDateTime::from(at);
-    let padded = |value: u64, width: usize, out: &mut Vec<u8>| {
-        let mut buffer = itoa::Buffer::new();
-        let digits = buffer.format(value);
-        out.extend(std::iter::repeat_n(b'0', width.saturating_sub(digits.len())));
-        out.extend_from_slice(digits.as_bytes());
-    };
+    let (year, month, day) = time.to_calendar_date();
     for piece in pieces {
-        let (value, width) = match piece {
-            TimePiece::Literal(text) => {
-                out.extend_from_slice(text.as_bytes());
-                continue;
+        match piece {
+            TimePiece::Literal(text) => out.extend_from_slice(text.as_bytes()),
+            TimePiece::Fraction(digits) => padded(time.nanosecond(), 9, *digits as usize, out),
+            TimePiece::Field('Y') => padded(year.unsigned_abs(), 4, 4, out),
+            TimePiece::Field('m') => padded(u8::from(month).into(), 2, 2, out),
+            TimePiece::Field('d') => padded(day.into(), 2, 2, out),
+            TimePiece::Field('H') => padded(time.hour().into(), 2, 2, out),
+            TimePiece::Field('M') => padded(time.minute().into(), 2, 2, out),
+            TimePiece::Field('S') => padded(time.second().into(), 2, 2, out),
+            TimePiece::Field(_) => {
+                out.extend_from_slice(itoa::Buffer::new().format(time.unix_timestamp()).as_bytes());
             }
-            TimePiece::Fraction(digits) => {
-                (u64::from(time.nanosecond()) / 10_u64.pow(9_u32.saturating_sub(*digits)), *digits as usize)
-            }
-            TimePiece::Field('Y') => (time.year().unsigned_abs().into(), 4),
-            TimePiece::Field('m') => (u8::from(time.month()).into(), 2),
-            TimePiece::Field('d') => (time.day().into(), 2),
-            TimePiece::Field('H') => (time.hour().into(), 2),
-            TimePiece::Field('M') => (time.minute().into(), 2),
-            TimePiece::Field('S') => (time.second().into(), 2),
-            TimePiece::Field(_) => (time.unix_timestamp().unsigned_abs(), 1),
-        };
-        padded(value, width, out);
+        }
     }
+}
+
+/// The first `shown` of `width` digits, at most ten.
+fn padded(mut value: u32, width: usize, shown: usize, out: &mut Vec<u8>) {
+    let mut digits = [b'0'; 10];
+    for digit in digits[..width].iter_mut().rev() {
+        *digit = b'0' + (value % 10) as u8;
+        value /= 10;
+    }
+    out.extend_from_slice(&digits[..shown.min(width)]);
 }
 
 /// The start time as the default format prints it.
 pub(super) fn default_time(at: SystemTime, out: &mut Vec<u8>) {
     let time = time::OffsetDateTime::from(at);
-    // Writing to a vector cannot fail.
-    let _ = write!(
-        out,
-        "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}.{:03}Z",
-        time.year(),
-        u8::from(time.month()),
-        time.day(),
-        time.hour(),
-        time.minute(),
-        time.second(),
-        time.millisecond()
-    );
+    let (year, month, day) = time.to_calendar_date();
+    for (value, width, shown, after) in [
+        (year.unsigned_abs(), 4, 4, b'-'),
+        (u8::from(month).into(), 2, 2, b'-'),
+        (day.into(), 2, 2, b'T'),
+        (time.hour().into(), 2, 2, b':'),
+        (time.minute().into(), 2, 2, b':'),
+        (time.second().into(), 2, 2, b'.'),
+        (time.nanosecond(), 9, 3, b'Z'),
+    ] {
+        padded(value, width, shown, out);
+        out.push(after);
+    }
 }

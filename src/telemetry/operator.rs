@@ -185,10 +185,8 @@ impl What {
             Self::Response(sources) => first(sources, record, record.response_headers, out),
             Self::Text(text) => put_text(text.of(record), out),
             Self::Number(number) => number.of(record).map_or(Wrote::Nothing, |value| put_number(value, out)),
-            Self::Flags => {
-                put(&record.flags.to_string(), out);
-                Wrote::Text
-            }
+            Self::Flags if record.flags.is_empty() => put_text("-", out),
+            Self::Flags => put_text(&record.flags.to_string(), out),
             Self::GrpcStatus => record.grpc_status.map_or(Wrote::Nothing, |status| {
                 put(grpc_name(status), out);
                 Wrote::Text

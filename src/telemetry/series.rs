@@ -34,18 +34,22 @@ pub struct Sizes {
 /// Cells of one label set for requests.
 #[derive(Debug, Default)]
 pub(super) struct RequestSeries {
-    total: Counter,
+    /// Its samples are the requests.
     duration: Histogram,
     request_bytes: Histogram,
     response_bytes: Histogram,
 }
 
 impl RequestSeries {
+    /// For whoever holds the cache's lock, which keeps other writers away.
     pub(super) fn record(&self, sizes: Sizes) {
-        self.total.inc();
-        self.duration.record(u64::try_from(sizes.duration.as_millis()).unwrap_or(u64::MAX));
-        self.request_bytes.record(sizes.request_bytes);
-        self.response_bytes.record(sizes.response_bytes);
+        self.duration.record_alone(u64::try_from(sizes.duration.as_millis()).unwrap_or(u64::MAX));
+        self.request_bytes.record_alone(sizes.request_bytes);
+        self.response_bytes.record_alone(sizes.response_bytes);
+    }
+
+    fn total(&self) -> u64 {
+        self.duration.count()
     }
 }
 
@@ -241,14 +245,14 @@ fn by_text<T>(series: &[Arc<Series<T>>]) -> ByText<'_, T> {
     out
 }
 
-fn counter<T>(out: &mut String, name: &str, series: &ByText<'_, T>, read: fn(&T) -> &Counter) {
+fn counter<T>(out: &mut String, name: &str, series: &ByText<'_, T>, read: fn(&T) -> u64) {
     if series.is_empty() {
         return;
     }
     // Writing to a string cannot fail, here and below.
     let _ = writeln!(out, "# TYPE {name} counter");
     for (text, cells) in series {
-        let value: u64 = cells.iter().map(|cells| read(cells).value()).sum();
+        let value: u64 = cells.iter().map(|cells| read(cells)).sum();
         let _ = writeln!(out, "{name}{{{text}}} {value}");
     }
 }
@@ -269,7 +273,7 @@ fn histogram<T>(out: &mut String, name: &str, series: &ByText<'_, T>, read: fn(&
 pub(super) fn expose_requests<'a>(caches: impl Iterator<Item = &'a Cache<RequestSeries>>, out: &mut String) {
     let series = all(caches);
     let series = by_text(&series);
-    counter(out, "istio_requests_total", &series, |s| &s.total);
+    counter(out, "istio_requests_total", &series, RequestSeries::total);
     histogram(out, "istio_request_duration_milliseconds", &series, |s| &s.duration);
     histogram(out, "istio_request_bytes", &series, |s| &s.request_bytes);
     histogram(out, "istio_response_bytes", &series, |s| &s.response_bytes);
@@ -279,10 +283,10 @@ pub(super) fn expose_requests<'a>(caches: impl Iterator<Item = &'a Cache<Request
 pub(super) fn expose_tcp<'a>(caches: impl Iterator<Item = &'a Cache<TcpSeries>>, out: &mut String) {
     let series = all(caches);
     let series = by_text(&series);
-    counter(out, "istio_tcp_connections_opened_total", &series, |s| &s.opened);
-    counter(out, "istio_tcp_connections_closed_total", &series, |s| &s.closed);
-    counter(out, "istio_tcp_sent_bytes_total", &series, |s| &s.sent);
-    counter(out, "istio_tcp_received_bytes_total", &series, |s| &s.received);
+    counter(out, "istio_tcp_connections_opened_total", &series, |s| s.opened.value());
+    counter(out, "istio_tcp_connections_closed_total", &series, |s| s.closed.value());
+    counter(out, "istio_tcp_sent_bytes_total", &series, |s| s.sent.value());
+    counter(out, "istio_tcp_received_bytes_total", &series, |s| s.received.value());
 }
 
 #[cfg(test)]

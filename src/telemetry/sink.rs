@@ -23,6 +23,9 @@ const FLUSH_AT: usize = 64 << 10;
 /// Buffered bytes past which records are dropped: about 3 000 lines for each worker and file.
 const FULL: usize = 1 << 20;
 
+/// A buffer that grew beyond this is given back.
+const KEEP: usize = 4 * FLUSH_AT;
+
 /// The longest that a line waits in its buffer.
 const INTERVAL: Duration = Duration::from_secs(1);
 
@@ -59,6 +62,8 @@ struct Shared {
 struct Lane {
     path: Arc<str>,
     bytes: Vec<u8>,
+    /// What was written last, emptied: two buffers take turns, so that neither is grown anew.
+    spare: Vec<u8>,
     dropped: u64,
 }
 
@@ -174,8 +179,9 @@ impl Shared {
         }
         let workers = lock(&self.workers).clone();
         for lanes in &workers {
-            let mut at = 0;
-            while let Some((path, bytes, dropped)) = take(&mut lock(lanes), &mut at) {
+            let count = lock(lanes).len();
+            for at in 0..count {
+                let (path, mut bytes, dropped) = lock(lanes)[at].take();
                 self.telemetry.process.log_dropped(dropped);
                 if !bytes.is_empty()
                     && let Err(error) = write(&mut files, &path, &bytes)
@@ -183,6 +189,10 @@ impl Shared {
                     files.remove(&path);
                     self.telemetry.process.log_failed();
                     tracing::warn!(path = &*path, %error, "access log lines are lost");
+                }
+                if bytes.capacity() <= KEEP {
+                    bytes.clear();
+                    lock(lanes)[at].spare = bytes;
                 }
             }
         }
@@ -196,18 +206,12 @@ impl Lane {
     fn has_lines(&self) -> bool {
         !self.bytes.is_empty()
     }
-}
 
-/// The lines of the lane at `at`, for an empty buffer of the same size: the worker does not grow it anew.
-fn take(lanes: &mut [Lane], at: &mut usize) -> Option<(Arc<str>, Vec<u8>, u64)> {
-    let lane = lanes.get_mut(*at)?;
-    *at += 1;
-    if !lane.has_lines() && lane.dropped == 0 {
-        return Some((Arc::clone(&lane.path), Vec::new(), 0));
+    /// The lines so far, for the spare buffer.
+    fn take(&mut self) -> (Arc<str>, Vec<u8>, u64) {
+        let bytes = std::mem::replace(&mut self.bytes, std::mem::take(&mut self.spare));
+        (Arc::clone(&self.path), bytes, std::mem::take(&mut self.dropped))
     }
-    let empty = Vec::with_capacity(lane.bytes.capacity().min(2 * FLUSH_AT));
-    let bytes = std::mem::replace(&mut lane.bytes, empty);
-    Some((Arc::clone(&lane.path), bytes, std::mem::take(&mut lane.dropped)))
 }
 
 fn write(files: &mut BTreeMap<Arc<str>, Target>, path: &Arc<str>, bytes: &[u8]) -> io::Result<()> {
@@ -246,7 +250,7 @@ impl LogSink {
     fn append(&self, lanes: &mut Vec<Lane>, path: &Arc<str>, write: impl FnOnce(&mut Vec<u8>)) {
         let found = lanes.iter().position(|lane| Arc::ptr_eq(&lane.path, path) || lane.path == *path);
         let at = found.unwrap_or_else(|| {
-            lanes.push(Lane { path: Arc::clone(path), bytes: Vec::new(), dropped: 0 });
+            lanes.push(Lane { path: Arc::clone(path), bytes: Vec::new(), spare: Vec::new(), dropped: 0 });
             lanes.len() - 1
         });
         let lane = &mut lanes[at];
