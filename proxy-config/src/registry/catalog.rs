@@ -171,7 +171,7 @@ impl<'o> Catalog<'o> {
         out: &mut Vec<ServiceEndpoint>,
     ) {
         let spec = &entry.spec;
-        let Some(said) = spec.ports.iter().find(|p| p.name == port.name) else { return };
+        let Some(said) = spec.ports.iter().find(|p| p.number == port.number) else { return };
         let number = if said.target_port == 0 { said.number } else { said.target_port };
         if let Some(selector) = &spec.workload_selector {
             for workload in self.entries.iter().chain(&self.pods).filter(|w| w.namespace == service.namespace) {

@@ -29,8 +29,8 @@ impl Scope {
         let mut out = Self { imports: Some(Vec::new()), excluded: Vec::new() };
         for host in egress.iter().flat_map(|e| &e.hosts) {
             match host.strip_prefix('~') {
-                // `~/*` imports nothing.
-                Some(rest) if rest.starts_with('/') => {}
+                // Without a namespace it is taken out of every one; `~/*` leaves nothing.
+                Some(rest) if rest.starts_with('/') => out.excluded.push(pattern(&format!("*{rest}"))),
                 Some(rest) => out.excluded.push(pattern(rest)),
                 None => out.imports.get_or_insert_default().push(pattern(host)),
             }
@@ -48,12 +48,18 @@ impl Scope {
         self.imports.as_deref().is_none_or(named) && !named(&self.excluded)
     }
 
-    /// Whether a VirtualService is: one of its hosts and an import can mean the same.
+    /// Whether a VirtualService is: one of its hosts and an import can mean the same, and nothing takes that host out.
     pub(crate) fn virtual_service(&self, namespace: &str, hosts: &[String]) -> bool {
-        let meets = |(wanted, pattern): &(String, String)| {
-            in_namespace(wanted, namespace) && hosts.iter().any(|h| subset_of(h, pattern) || subset_of(pattern, h))
+        let Some(imports) = &self.imports else { return true };
+        let meets = |host: &String| {
+            imports.iter().any(|(wanted, pattern)| {
+                in_namespace(wanted, namespace) && (subset_of(host, pattern) || subset_of(pattern, host))
+            })
         };
-        self.imports.as_deref().is_none_or(|all| all.iter().any(meets))
+        let taken = |host: &String| {
+            self.excluded.iter().any(|(n, pattern)| in_namespace(n, namespace) && subset_of(host, pattern))
+        };
+        hosts.iter().any(|host| meets(host) && !taken(host))
     }
 }
 
@@ -132,6 +138,9 @@ mod tests {
         assert!(scope(&["*/a.b"]).virtual_service("m", &hosts("*.b")), "a wildcard covers the import");
         assert!(!scope(&["*/a.b"]).virtual_service("m", &hosts("c.b")));
         assert!(!scope(&["~/*"]).virtual_service("n", &hosts("a.b")));
+        let without = scope(&["*/*", "~/a.b", "~m/*.c"]);
+        assert!(!without.virtual_service("n", &hosts("a.b")) && !without.virtual_service("m", &hosts("x.c")));
+        assert!(without.virtual_service("n", &hosts("x.c")) && without.virtual_service("n", &hosts("*.b")));
     }
 
     #[test]

@@ -181,7 +181,8 @@ fn address(text: &str) -> Option<String> {
 }
 
 /// Services that a namespace sees: private ones, those exported to it, then public ones, each oldest first. A host is
-/// seen once, from Kubernetes before all others.
+/// seen once, from Kubernetes before all others; entries of one namespace that differ in their ports alone are one
+/// service.
 pub(crate) fn visible(
     all: &[Arc<Service>],
     namespace: &str,
@@ -195,11 +196,27 @@ pub(crate) fn visible(
             match out.iter_mut().find(|s| s.hostname == service.hostname) {
                 None => out.push(Arc::clone(service)),
                 Some(known) if known.provider > service.provider => *known = Arc::clone(service),
+                Some(known) if is_same(known, service) => add_ports(known, service),
                 Some(_) => {}
             }
         }
     }
     out
+}
+
+/// Whether two entries of one host describe one service.
+fn is_same(a: &Service, b: &Service) -> bool {
+    a.provider == Provider::External
+        && (a.provider, a.resolution, &a.namespace) == (b.provider, b.resolution, &b.namespace)
+        && (&a.labels, &a.selector, &a.export_to) == (&b.labels, &b.selector, &b.export_to)
+}
+
+fn add_ports(known: &mut Arc<Service>, service: &Service) {
+    let is_new = |p: &&ServicePort| known.ports.iter().all(|k| k.number != p.number);
+    let new: Vec<ServicePort> = service.ports.iter().filter(is_new).cloned().collect();
+    if !new.is_empty() {
+        Arc::make_mut(known).ports.extend(new);
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -285,5 +302,26 @@ mod tests {
         let names: Vec<(&str, &str)> = seen.iter().map(|s| (s.hostname.as_str(), s.namespace.as_str())).collect();
         assert_eq!(names, [("d", "n"), ("c", "m"), ("a", "k")]);
         assert_eq!(visible(&all, "z", &[".".to_owned()], &Scope::default()).len(), 0);
+    }
+
+    #[test]
+    fn entries_of_one_host_lend_each_other_their_ports() {
+        let with = |namespace: &str, number: u16, resolution| {
+            let mut service = Service::clone(&named_service("a", namespace, Provider::External, &[]));
+            let target = TargetPort::Number(number);
+            service.ports = vec![ServicePort { name: "p".to_owned(), number, protocol: Protocol::Tcp, target }];
+            service.resolution = resolution;
+            Arc::new(service)
+        };
+        let all = [
+            with("m", 80, Resolution::DnsLb),
+            with("m", 443, Resolution::DnsLb),
+            with("m", 80, Resolution::DnsLb),
+            with("m", 81, Resolution::ClientSideLb),
+            with("n", 82, Resolution::DnsLb),
+        ];
+        let seen = visible(&all, "n", &[], &Scope::default());
+        let ports: Vec<u16> = seen.iter().flat_map(|s| s.ports.iter().map(|p| p.number)).collect();
+        assert_eq!((seen.len(), ports), (1, vec![80, 443]));
     }
 }
