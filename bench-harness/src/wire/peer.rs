@@ -41,7 +41,9 @@ async fn commands(args: &Args) -> Result<()> {
         let command: Value = serde_json::from_str(&line).context("a command is one line of JSON")?;
         let answer = match command["do"].as_str() {
             Some("begin") => {
-                servers = None;
+                if let Some(before) = servers.take() {
+                    before.stop().await;
+                }
                 let apps = command["apps"].as_array().map_or(&[][..], Vec::as_slice);
                 match Servers::start(apps, &command["defaults"], args.certs.clone()).await {
                     Ok(started) => {
@@ -53,7 +55,10 @@ async fn commands(args: &Args) -> Result<()> {
             }
             Some("step") => client.step(&command["step"]).await,
             Some("look") => servers.as_ref().map_or(Value::Null, Servers::report),
-            Some("end") => servers.take().map_or(Value::Null, |s| s.report()),
+            Some("end") => match servers.take() {
+                Some(servers) => servers.stop().await,
+                None => Value::Null,
+            },
             _ => json!({"error": "unknown command"}),
         };
         out.write_all(format!("{answer}\n").as_bytes()).await?;

@@ -112,7 +112,7 @@ fn place(base: &Map<String, Value>) -> String {
 /// The applications of one case. Dropping it closes everything.
 pub(super) struct Servers {
     notes: Arc<Notes>,
-    _tasks: JoinSet<()>,
+    tasks: JoinSet<()>,
 }
 
 /// What one application is.
@@ -151,12 +151,19 @@ impl Servers {
             let app = App { said: said.clone(), script, certs: certs.clone(), notes, place, by_port };
             tasks.spawn(accept(listener, app));
         }
-        Ok(Self { notes, _tasks: tasks })
+        Ok(Self { notes, tasks })
     }
 
     /// What was seen so far.
     pub(super) fn report(&self) -> Value {
         self.notes.report()
+    }
+
+    /// Closes everything, tells what was seen, and returns when every address is free again.
+    pub(super) async fn stop(mut self) -> Value {
+        let report = self.report();
+        self.tasks.shutdown().await;
+        report
     }
 }
 
