@@ -35,7 +35,7 @@ pub(super) fn run(bench: &Bench<'_>, set: &Set) -> Result<Tally> {
 }
 
 /// Writes a case's input as files.
-fn lay_out(folder: &Path, input: &Value) -> Result<Input> {
+pub(super) fn lay_out(folder: &Path, input: &Value) -> Result<Input> {
     let write = |name: &str, text: &str| -> Result<_> {
         let path = folder.join(name);
         fs::write(&path, text)?;
@@ -49,12 +49,20 @@ fn lay_out(folder: &Path, input: &Value) -> Result<Input> {
     Ok(Input { files: vec![config, kube], mesh: Some(mesh), networks: None, node })
 }
 
-fn judge(bench: &Bench<'_>, case: &Value, input: &Input) -> Result<Tally> {
-    let name = case["name"].as_str().unwrap_or_default();
+/// What rules may look at.
+///
+/// # Errors
+/// When a scratch file cannot be read.
+pub(super) fn content(case: &Value, input: &Input) -> Result<Value> {
     let mut content = input.content()?;
     content["kind"] = case["kind"].clone();
     content["features"] = case["input"]["features"].clone();
-    content["services"] = case["input"]["services"].clone();
+    Ok(content)
+}
+
+fn judge(bench: &Bench<'_>, case: &Value, input: &Input) -> Result<Tally> {
+    let name = case["name"].as_str().unwrap_or_default();
+    let content = content(case, input)?;
     let mut tally = Tally::default();
     let questions = questions(case);
     if let Some(reason) = bench.rules.beyond(&content) {
@@ -186,7 +194,9 @@ fn collect_clusters(at: &Value, found: &mut Vec<String>) {
         Value::Object(map) => {
             for (key, value) in map {
                 match value {
-                    Value::String(name) if key == "cluster" => found.push(name.clone()),
+                    Value::Array(all) if key == "clusters" => {
+                        found.extend(all.iter().filter_map(|c| c["name"].as_str()).map(str::to_owned));
+                    }
                     _ if key == "mirrors" => {}
                     other => collect_clusters(other, found),
                 }

@@ -8,9 +8,9 @@ use serde_json::{Value, json};
 
 use super::calls::{self, Question};
 use super::explain::From;
-use super::input::{Input, node_of};
+use super::input::Input;
 use super::tally::Tally;
-use super::{Bench, Set, cases, simulation};
+use super::{Bench, Set, cases, models, simulation};
 
 /// Runs every recording that has questions or YAML beside it.
 ///
@@ -51,17 +51,19 @@ fn of_simulation(bench: &Bench<'_>, set: &Set, case: &Value, folder: &Path) -> R
         return Ok(tally);
     };
     let scratch = tempfile::tempdir()?;
-    let node = scratch.path().join("node.json");
-    fs::write(&node, node_of(&table["input"]["proxy"]).to_string())?;
-    let content = json!({"kind": table["kind"], "recorded": true, "features": table["input"]["features"]});
+    let input = simulation::lay_out(scratch.path(), &table["input"])?;
+    let mut content = simulation::content(table, &input)?;
+    content["recorded"] = json!(true);
     let questions = simulation::questions(table);
-    tally.add(calls::judge(
-        bench,
-        (&format!("{name} (recorded)"), &content),
-        &From::Recording(folder),
-        &node,
-        &questions,
-    ));
+    let recorded = (format!("{name} (recorded)"), From::Recording(folder));
+    tally.add(calls::judge(bench, (&recorded.0, &content), &recorded.1, &input.node, &questions));
+    match bench.rules.beyond(&content) {
+        Some(reason) => tally.out_of_reach(reason, 1),
+        None => {
+            let found = models::compare(bench.rules, &input, folder);
+            tally.judge(bench.rules, &format!("{name} (model)"), &content, found);
+        }
+    }
     Ok(tally)
 }
 
@@ -104,6 +106,8 @@ fn both_mouths(bench: &Bench<'_>, name: &str, input: &Input, recording: &Path) -
     }
     let yaml = From::Yaml { files: input.files.clone(), mesh: input.mesh.clone(), networks: input.networks.clone() };
     tally.add(calls::judge(bench, (&format!("{name} (YAML)"), &content), &yaml, &input.node, &questions));
+    let found = models::compare(bench.rules, input, recording);
+    tally.judge(bench.rules, &format!("{name} (model)"), &content, found);
     Ok(tally)
 }
 
