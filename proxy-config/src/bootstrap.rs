@@ -93,7 +93,7 @@ fn from_protojson(text: &str) -> Result<Node, String> {
     if !matches!(part(0), "sidecar" | "") {
         return Err(format!("node id {}: only sidecars are supported, not {}", written.id, part(0)));
     }
-    let (name, namespace) = part(2).rsplit_once('.').unwrap_or((part(2), ""));
+    let (name, namespace) = part(2).rsplit_once('.').unwrap_or_else(|| (part(2), ""));
     let mut node = Node {
         name: name.to_owned(),
         namespace: namespace.to_owned(),

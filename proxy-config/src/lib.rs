@@ -7,6 +7,7 @@
 
 pub mod bootstrap;
 pub mod compile;
+mod diagnose;
 pub mod diff;
 pub mod istio;
 pub mod k8s;

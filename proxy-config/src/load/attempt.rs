@@ -235,7 +235,7 @@ pub(super) fn check(objects: &Objects) -> Vec<Reject> {
             }
         }
     }
-    let services = crate::registry::services::services(objects, DOMAIN, trust_domain(objects));
+    let services = services::services(objects, DOMAIN, trust_domain(objects));
     for policy in &objects.authorization_policies {
         let selector = policy.spec.selector.clone().unwrap_or_default();
         let proxy =

@@ -53,7 +53,10 @@ fn every_seed_example_loads() {
     assert!(all.model.inert.contains("IstioOperator istio-system/istio"));
     assert!(!all.proxy.auto_registered, "the entry of y03 is the proxy's own");
     for source in seed(&[]) {
-        assert_eq!(validate(&[source.clone()]).iter().filter(|r| r.severity != Severity::Warning).count(), 0);
+        assert_eq!(
+            validate(std::slice::from_ref(&source)).iter().filter(|r| r.severity != Severity::Warning).count(),
+            0
+        );
         load(vec![source], CLIENT);
     }
 }
@@ -218,4 +221,42 @@ fn a_sidecar_decides_what_is_seen_and_served() {
     assert!(inbound(&served).filter_chains.iter().all(|c| c.unusable.is_none()));
     let tls = with("{ingress: [{port: {number: 9999, protocol: TLS, name: h}, tls: {mode: SIMPLE}}]}");
     assert!(inbound(&tls).filter_chains[1..].iter().all(|c| c.unusable.is_some()), "its TLS is not served");
+}
+
+#[test]
+fn istios_own_validation_holds() {
+    let of = |kind: &str, spec: &str| {
+        let group =
+            if kind.ends_with("Policy") || kind.ends_with("Authentication") { "security" } else { "networking" };
+        let text = format!("apiVersion: {group}.istio.io/v1\nkind: {kind}\nmetadata: {{name: x}}\nspec: {spec}\n");
+        let found = validate(&[file("x.yaml", &text)]);
+        let first = found.iter().find(|r| r.severity != Severity::Warning);
+        first.map(|r| r.field.clone()).unwrap_or_default()
+    };
+    for (kind, spec, wrong) in [
+        (
+            "AuthorizationPolicy",
+            "{rules: [{from: [{source: {ipBlocks: [x]}}]}]}",
+            "spec.rules[0].from[0].source.ipBlocks[0]",
+        ),
+        ("AuthorizationPolicy", "{rules: [{from: []}]}", "spec.rules[0].from"),
+        ("AuthorizationPolicy", "{action: CUSTOM, rules: [{}]}", "spec.provider.name"),
+        (
+            "AuthorizationPolicy",
+            "{rules: [{to: [{operation: {ports: ['70000']}}]}]}",
+            "spec.rules[0].to[0].operation.ports[0]",
+        ),
+        ("AuthorizationPolicy", "{rules: [{to: [{operation: {paths: ['/a/{*}', '/b*', '/{**}']}}]}]}", ""),
+        ("PeerAuthentication", "{mtls: {mode: STRICT}, portLevelMtls: {80: {mode: STRICT}}}", "spec.portLevelMtls"),
+        ("PeerAuthentication", "{selector: {matchLabels: {a: b}}, portLevelMtls: {80: {mode: STRICT}}}", ""),
+        ("RequestAuthentication", "{jwtRules: [{issuer: i, jwks: x}]}", "spec.jwtRules[0].jwks"),
+        ("WorkloadEntry", "{network: far}", ""),
+        ("WorkloadEntry", "{labels: {a: b}}", "spec.address"),
+        ("WorkloadGroup", "{template: {}, probe: {exec: {}}}", "spec.probe.exec.command"),
+        ("ServiceEntry", "{hosts: ['*'], ports: [{number: 80, name: a}]}", "spec.hosts[0]"),
+        ("ServiceEntry", "{hosts: ['*.a.b'], resolution: DNS, ports: [{number: 80, name: a}]}", "spec.hosts"),
+        ("ServiceEntry", "{hosts: [a.b], resolution: DNS, ports: [{number: 80, name: a}]}", ""),
+    ] {
+        assert_eq!(of(kind, spec), wrong, "{kind} {spec}");
+    }
 }

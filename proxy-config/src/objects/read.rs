@@ -7,9 +7,10 @@ use serde::de::DeserializeOwned;
 
 use super::documents::{MESH_CONFIG, MESH_NETWORKS};
 use super::{Broken, Document, Entry, Key, Object, Objects};
+use crate::diagnose::{self, Finding};
 use crate::istio::common::Selector;
 use crate::istio::service_entry::LabelSelector;
-use crate::istio::workload_entry::WorkloadEntryStatus;
+use crate::istio::workload_entry::{WorkloadEntry, WorkloadEntryStatus};
 use crate::k8s;
 use crate::model::{Reject, Severity};
 use crate::yaml::{self, Failure, Node, Notes};
@@ -59,9 +60,7 @@ impl One<'_> {
             ("", "Endpoints") => self.endpoints(objects)?,
             ("", "ConfigMap") if self.key.name == "istio" => self.config_map(out)?,
             ("networking.istio.io", kind) => return self.networking(kind, out),
-            ("security.istio.io", "AuthorizationPolicy") => objects.authorization_policies.push(self.istio()?),
-            ("security.istio.io", "PeerAuthentication") => objects.peer_authentications.push(self.istio()?),
-            ("security.istio.io", "RequestAuthentication") => objects.request_authentications.push(self.istio()?),
+            ("security.istio.io", kind) => return self.security(kind, out),
             ("telemetry.istio.io", "Telemetry") => {
                 self.left_out("telemetry settings are not applied yet: the built-in ones hold", Severity::Warning, out);
             }
@@ -79,14 +78,62 @@ impl One<'_> {
         Ok(())
     }
 
+    fn security(&mut self, kind: &str, out: &mut Reading) -> Result<(), Failure> {
+        let spec = self.document.node.get("spec");
+        match kind {
+            "AuthorizationPolicy" => {
+                let object = self.istio()?;
+                self.checked(diagnose::authorization_policy(&object.spec, spec), out)?;
+                out.objects.authorization_policies.push(object);
+            }
+            "PeerAuthentication" => {
+                let object = self.istio()?;
+                self.checked(diagnose::peer_authentication(&object.spec, spec), out)?;
+                out.objects.peer_authentications.push(object);
+            }
+            "RequestAuthentication" => {
+                let object = self.istio()?;
+                self.checked(diagnose::request_authentication(&object.spec), out)?;
+                out.objects.request_authentications.push(object);
+            }
+            _ => self.left_out("the kind is not known: it is left out", Severity::Warning, out),
+        }
+        Ok(())
+    }
+
+    /// The first finding that leaves no meaning refuses the object, the others are told beside it.
+    fn checked(&self, found: Vec<Finding>, out: &mut Reading) -> Result<(), Failure> {
+        let refused = if self.is_security() { Severity::Security } else { Severity::Error };
+        let mut first = None;
+        for finding in found {
+            if first.is_none() && !finding.meant {
+                first = Some(finding);
+                continue;
+            }
+            let severity = if finding.meant { Severity::Error } else { refused };
+            out.rejects.push(self.reject(&finding.field, &finding.reason, severity));
+        }
+        let Some(first) = first else { return Ok(()) };
+        let at = self.document.node.at(&first.field);
+        Err(Failure { field: first.field, line: at.line, column: at.column, reason: first.reason })
+    }
+
     fn networking(&mut self, kind: &str, out: &mut Reading) -> Result<(), Failure> {
         let objects = &mut out.objects;
         match kind {
             "VirtualService" => objects.virtual_services.push(self.istio()?),
             "DestinationRule" => objects.destination_rules.push(self.istio()?),
-            "ServiceEntry" => objects.service_entries.push(self.istio()?),
-            "WorkloadGroup" => objects.workload_groups.push(self.istio()?),
-            "WorkloadEntry" => self.workload_entry(objects)?,
+            "ServiceEntry" => {
+                let object = self.istio()?;
+                self.checked(diagnose::service_entry(&object.spec), out)?;
+                out.objects.service_entries.push(object);
+            }
+            "WorkloadGroup" => {
+                let object = self.istio()?;
+                self.checked(diagnose::workload_group(&object.spec, self.document.node.get("spec")), out)?;
+                out.objects.workload_groups.push(object);
+            }
+            "WorkloadEntry" => self.workload_entry(out)?,
             "Sidecar" => objects.sidecars.push(self.istio()?),
             "EnvoyFilter" => self.envoy_filter(out),
             "ProxyConfig" | "Gateway" => {
@@ -140,8 +187,9 @@ impl One<'_> {
         Ok(())
     }
 
-    fn workload_entry(&mut self, objects: &mut Objects) -> Result<(), Failure> {
-        let object: Object<crate::istio::workload_entry::WorkloadEntry> = self.istio()?;
+    fn workload_entry(&mut self, out: &mut Reading) -> Result<(), Failure> {
+        let object: Object<WorkloadEntry> = self.istio()?;
+        self.checked(diagnose::workload_entry(&object.spec), out)?;
         let status: WorkloadEntryStatus = match self.document.node.get("status") {
             Some(node) => yaml::read(node, "status", &Notes::default())?,
             None => WorkloadEntryStatus::default(),
@@ -149,7 +197,7 @@ impl One<'_> {
         let checked = object.meta.annotations.get("proxy.istio.io/health-checks-enabled").is_some_and(|v| v == "true");
         let good = status.conditions.iter().any(|c| c.kind == "Healthy" && c.status == "True");
         let spec = Entry { spec: Arc::unwrap_or_clone(object.spec), healthy: !checked || good };
-        objects.workload_entries.push(Object { meta: object.meta, spec: Arc::new(spec) });
+        out.objects.workload_entries.push(Object { meta: object.meta, spec: Arc::new(spec) });
         Ok(())
     }
 
@@ -237,7 +285,7 @@ impl One<'_> {
             spec.and_then(|s| s.get("selector")).and_then(|n| yaml::read(n, "", &notes).ok());
         let labels: Option<LabelSelector> =
             spec.and_then(|s| s.get("workloadSelector")).and_then(|n| yaml::read(n, "", &notes).ok());
-        let selector = selector.map(|s| s.match_labels).or(labels.map(|l| l.labels)).unwrap_or_default();
+        let selector = selector.map(|s| s.match_labels).or_else(|| labels.map(|l| l.labels)).unwrap_or_default();
         Broken { resource: self.key.resource(), namespace: Some(self.key.namespace.clone()), selector }
     }
 

@@ -95,7 +95,7 @@ fn protocol(port: &k8s::Port) -> Protocol {
         "kubernetes.io/h2c" => Some(Protocol::Http2),
         "kubernetes.io/ws" => Some(Protocol::Http),
         "kubernetes.io/wss" => Some(Protocol::Https),
-        other => Some(other).map(named),
+        other => Some(named(other)),
     };
     let by_name = || {
         let name = port.name.to_ascii_lowercase();

@@ -39,7 +39,7 @@ pub(crate) fn read<T: DeserializeOwned>(node: &Node, path: &str, notes: &Notes) 
 
 /// Way to a value; lives on the stack.
 struct Path<'p> {
-    parent: Option<&'p Path<'p>>,
+    parent: Option<&'p Self>,
     step: Step<'p>,
 }
 
@@ -450,7 +450,7 @@ mod tests {
         on: Option<bool>,
         share: f64,
         by_port: BTreeMap<u16, String>,
-        list: Vec<Inner>,
+        list: Vec<Self>,
         any: Option<serde_json::Value>,
     }
 
