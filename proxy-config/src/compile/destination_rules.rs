@@ -367,74 +367,79 @@ mod tests {
         rules.outbound(WEB).map(|r| format!("{}/{}", r.namespace, r.name))
     }
 
+    /// What is tried, the client's namespace, rules by namespace and name, and the rule that must win.
+    type Case =
+        (&'static str, &'static str, &'static [(&'static str, &'static str, &'static str)], Option<&'static str>);
+
+    const LEVELS: &[Case] = &[
+        ("short name", "app", &[("app", "a", "{host: web}")], Some("app/a")),
+        ("short name elsewhere", "other", &[("other", "a", "{host: web}")], None),
+        (
+            "client before service, even by a wildcard",
+            "other",
+            &[("app", "a", "{host: web}"), ("other", "b", "{host: '*.local'}")],
+            Some("other/b"),
+        ),
+        (
+            "service before root",
+            "other",
+            &[("istio-system", "r", "{host: web.app.svc.cluster.local}"), ("app", "a", "{host: '*'}")],
+            Some("app/a"),
+        ),
+        ("root", "other", &[("istio-system", "r", "{host: '*.local'}")], Some("istio-system/r")),
+    ];
+
+    const VISIBILITY: &[Case] = &[
+        ("private", "other", &[("app", "a", "{host: web, exportTo: ['.']}")], None),
+        (
+            "a private rule does not hide the root's",
+            "other",
+            &[("app", "a", "{host: web, exportTo: ['.']}"), ("istio-system", "r", "{host: '*'}")],
+            Some("istio-system/r"),
+        ),
+        (
+            "one exported to others hides it",
+            "other",
+            &[("app", "a", "{host: web, exportTo: [third]}"), ("istio-system", "r", "{host: '*'}")],
+            None,
+        ),
+        ("exported by name", "other", &[("app", "a", "{host: web, exportTo: [other]}")], Some("app/a")),
+        ("not for its own namespace", "app", &[("app", "a", "{host: web, exportTo: [other]}")], None),
+        (
+            "the most specific of a level",
+            "app",
+            &[("app", "a", "{host: '*.local'}"), ("app", "b", "{host: '*.app.svc.cluster.local'}")],
+            Some("app/b"),
+        ),
+        (
+            "a selector of the proxy wins",
+            "app",
+            &[("app", "a", "{host: web}"), ("app", "b", "{host: web, workloadSelector: {matchLabels: {app: client}}}")],
+            Some("app/b"),
+        ),
+        (
+            "a selector of others does not",
+            "app",
+            &[("app", "a", "{host: web}"), ("app", "b", "{host: web, workloadSelector: {matchLabels: {app: x}}}")],
+            Some("app/a"),
+        ),
+        (
+            "a selector is private",
+            "other",
+            &[("app", "b", "{host: web, workloadSelector: {matchLabels: {app: client}}}")],
+            None,
+        ),
+        (
+            "root as client sees its private ones",
+            "istio-system",
+            &[("istio-system", "r", "{host: '*', exportTo: ['.']}")],
+            Some("istio-system/r"),
+        ),
+    ];
+
     #[test]
     fn levels_and_visibility() {
-        let cases: &[(&str, &str, &[(&str, &str, &str)], Option<&str>)] = &[
-            ("short name", "app", &[("app", "a", "{host: web}")], Some("app/a")),
-            ("short name elsewhere", "other", &[("other", "a", "{host: web}")], None),
-            (
-                "client before service, even by a wildcard",
-                "other",
-                &[("app", "a", "{host: web}"), ("other", "b", "{host: '*.local'}")],
-                Some("other/b"),
-            ),
-            (
-                "service before root",
-                "other",
-                &[("istio-system", "r", "{host: web.app.svc.cluster.local}"), ("app", "a", "{host: '*'}")],
-                Some("app/a"),
-            ),
-            ("root", "other", &[("istio-system", "r", "{host: '*.local'}")], Some("istio-system/r")),
-            ("private", "other", &[("app", "a", "{host: web, exportTo: ['.']}")], None),
-            (
-                "a private rule does not hide the root's",
-                "other",
-                &[("app", "a", "{host: web, exportTo: ['.']}"), ("istio-system", "r", "{host: '*'}")],
-                Some("istio-system/r"),
-            ),
-            (
-                "one exported to others hides it",
-                "other",
-                &[("app", "a", "{host: web, exportTo: [third]}"), ("istio-system", "r", "{host: '*'}")],
-                None,
-            ),
-            ("exported by name", "other", &[("app", "a", "{host: web, exportTo: [other]}")], Some("app/a")),
-            ("not for its own namespace", "app", &[("app", "a", "{host: web, exportTo: [other]}")], None),
-            (
-                "the most specific of a level",
-                "app",
-                &[("app", "a", "{host: '*.local'}"), ("app", "b", "{host: '*.app.svc.cluster.local'}")],
-                Some("app/b"),
-            ),
-            (
-                "a selector of the proxy wins",
-                "app",
-                &[
-                    ("app", "a", "{host: web}"),
-                    ("app", "b", "{host: web, workloadSelector: {matchLabels: {app: client}}}"),
-                ],
-                Some("app/b"),
-            ),
-            (
-                "a selector of others does not",
-                "app",
-                &[("app", "a", "{host: web}"), ("app", "b", "{host: web, workloadSelector: {matchLabels: {app: x}}}")],
-                Some("app/a"),
-            ),
-            (
-                "a selector is private",
-                "other",
-                &[("app", "b", "{host: web, workloadSelector: {matchLabels: {app: client}}}")],
-                None,
-            ),
-            (
-                "root as client sees its private ones",
-                "istio-system",
-                &[("istio-system", "r", "{host: '*', exportTo: ['.']}")],
-                Some("istio-system/r"),
-            ),
-        ];
-        for (what, client, yaml, expected) in cases {
+        for (what, client, yaml, expected) in LEVELS.iter().chain(VISIBILITY) {
             assert_eq!(name(&rules(client, yaml)).as_deref(), *expected, "{what}");
         }
     }
