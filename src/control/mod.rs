@@ -199,12 +199,14 @@ impl Control {
                 if said == self.said {
                     return Ok(());
                 }
-                let loaded = proxy_config::from_yaml(&inputs, self.loaded.as_ref()).map_err(|rejects| all(&rejects))?;
+                let mut loaded =
+                    proxy_config::from_yaml(&inputs, self.loaded.as_ref()).map_err(|rejects| all(&rejects))?;
                 self.said = said;
                 for field in &loaded.unread {
                     tracing::info!("{field} has no effect here");
                 }
-                self.model = Arc::new(loaded.model.clone());
+                // The next reload asks for the objects only.
+                self.model = Arc::new(std::mem::take(&mut loaded.model));
                 self.proxy = Arc::new(loaded.proxy.clone());
                 self.loaded = Some(loaded);
             }

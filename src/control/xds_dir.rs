@@ -3,11 +3,11 @@
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use bytes::Bytes;
 use proxy_config::registry::Proxy;
 use proxy_config::xds::{XdsBundle, decode};
-use proxy_config::{Model, WhoAmI};
+use proxy_config::{Model, WhoAmI, bootstrap};
 
 /// One file for each kind of resource.
 const KINDS: [&str; 6] = ["cds", "eds", "lds", "rds", "ecds", "nds"];
@@ -52,52 +52,21 @@ pub(super) fn load(responses: &[Bytes], who: &WhoAmI) -> Result<(Model, Proxy)> 
 /// Whose resources they are. They are complete without that; it is for addresses, logs and metrics, so what is not said
 /// stays empty.
 fn proxy(who: &WhoAmI) -> Result<Proxy> {
-    match who {
-        WhoAmI::Node(text) => {
-            let node: serde_json::Value = serde_json::from_str(text).context("node")?;
-            let id = node["id"].as_str().context("node: id: expected role~ip~name.namespace~domain")?;
-            let mut parts = id.split('~').skip(1);
-            let (Some(ip), Some(name), Some(domain)) = (parts.next(), parts.next(), parts.next()) else {
-                bail!("node: id {id:?}: expected role~ip~name.namespace~domain");
-            };
-            let (name, namespace) = name.rsplit_once('.').unwrap_or((name, ""));
-            let metadata = node["metadata"].as_object().cloned().unwrap_or_default();
-            let text = |key: &str| metadata.get(key).and_then(|v| v.as_str()).unwrap_or_default().to_owned();
-            let mut ips: Vec<_> = ip.parse().into_iter().collect();
-            ips.extend(
-                text("INSTANCE_IPS")
-                    .split(',')
-                    .filter_map(|ip| ip.parse().ok())
-                    .filter(|ip| !ips.contains(ip))
-                    .collect::<Vec<_>>(),
-            );
-            let labels = metadata.get("LABELS").and_then(|v| v.as_object()).into_iter().flatten();
-            Ok(Proxy {
-                name: name.to_owned(),
-                namespace: namespace.to_owned(),
-                ips,
-                labels: labels.filter_map(|(k, v)| Some((k.clone(), v.as_str()?.to_owned()))).collect(),
-                service_account: text("SERVICE_ACCOUNT"),
-                dns_domain: domain.to_owned(),
-                network: text("NETWORK"),
-                cluster_id: text("CLUSTER_ID"),
-                node_name: text("NODE_NAME"),
-                metadata,
-                ..Proxy::default()
-            })
-        }
-        WhoAmI::Env(variables) => {
-            let text = |name: &str| variables.get(name).cloned().unwrap_or_default();
-            Ok(Proxy {
-                name: text("POD_NAME"),
-                namespace: text("POD_NAMESPACE"),
-                ips: text("INSTANCE_IP").split(',').filter_map(|ip| ip.trim().parse().ok()).collect(),
-                service_account: text("SERVICE_ACCOUNT"),
-                cluster_id: text("ISTIO_META_CLUSTER_ID"),
-                ..Proxy::default()
-            })
-        }
-    }
+    let node = bootstrap::node(who).map_err(|e| anyhow!(e))?;
+    Ok(Proxy {
+        service_account: node.text("SERVICE_ACCOUNT"),
+        network: node.text("NETWORK"),
+        cluster_id: node.text("CLUSTER_ID"),
+        node_name: node.text("NODE_NAME"),
+        labels: node.labels(),
+        name: node.name,
+        namespace: node.namespace,
+        ips: node.ips,
+        dns_domain: node.dns_domain,
+        locality: node.locality,
+        metadata: node.metadata,
+        auto_registered: false,
+    })
 }
 
 #[cfg(test)]
@@ -130,8 +99,6 @@ mod tests {
         assert_eq!((&*proxy.name, &*proxy.namespace, &*proxy.service_account), ("web-1", "shop", "w"));
         assert_eq!(proxy.ips, ["10.1.0.9".parse::<std::net::IpAddr>().unwrap(), "fd00::9".parse().unwrap()]);
         assert_eq!(proxy.labels["app"], "web");
-        for bad in ["{}", "[", r#"{"id": "sidecar~10.1.0.9"}"#] {
-            assert!(super::proxy(&WhoAmI::Node(bad.to_owned())).is_err(), "{bad}");
-        }
+        assert!(super::proxy(&WhoAmI::Node("[".to_owned())).is_err());
     }
 }

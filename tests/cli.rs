@@ -1,0 +1,115 @@
+//! The command line: what is asked for in the wrong way is told clearly, and exit codes say what happened.
+
+mod support;
+
+use support::{folder, istio_proxy, istio_proxy_in};
+
+const SERVICE: &str = "apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop}
+spec:
+  clusterIP: 10.96.0.1
+  selector: {app: web}
+  ports: [{name: http, port: 80, targetPort: 8080}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: web-1, namespace: shop, labels: {app: web}}
+spec: {serviceAccountName: web}
+status: {phase: Running, podIP: 10.0.0.1, conditions: [{type: Ready, status: 'True'}]}
+";
+
+#[test]
+fn wrong_arguments_are_named_and_exit_with_2() {
+    for (args, expected) in [
+        (&["explain", "--tls", "ssl"][..], "ssl"),
+        (&["validate"], "--config"),
+        (&["prxy"], "prxy"),
+        (&["proxy", "--concurrency", "many"], "--concurrency"),
+        (&["proxy", "router"], "router"),
+        (&["explain", "--config", "a", "--xds-dir", "b"], "cannot be used with"),
+    ] {
+        let run = istio_proxy(args);
+        assert_eq!(run.code, 2, "{args:?}: {}", run.err);
+        assert!(run.err.contains(expected), "{args:?}: {}", run.err);
+    }
+}
+
+#[test]
+fn what_cannot_be_read_is_named() {
+    let empty = folder(&[]);
+    let empty_path = empty.path().to_str().expect("UTF-8");
+    for (args, code, expected) in [
+        (&["proxy"][..], 255, "give --config PATH or --xds-dir DIR"),
+        (&["proxy", "--config", "/no/such"], 255, "/no/such: No such file"),
+        (&["proxy", "--config", "/no/such", "--node", "/no/node"], 255, "--node /no/node: No such file"),
+        (&["explain", "--xds-dir", empty_path, "--port", "80"], 1, "none of cds, eds, lds"),
+        (&["explain", "--config", empty_path, "--port", "80"], 1, "no *.yaml"),
+        (&["explain", "--config", empty_path], 1, "which call?"),
+        (&["validate", "--config", "/no/such"], 1, "/no/such: No such file"),
+        (&["explain", "--admin", "https://x", "--port", "80"], 1, "http://127.0.0.1:15000"),
+    ] {
+        let run = istio_proxy(args);
+        assert_eq!(run.code, code, "{args:?}: {}", run.err);
+        assert!(run.err.contains(expected), "{args:?}: {}", run.err);
+    }
+}
+
+#[test]
+fn a_proxy_that_nobody_knows_says_what_was_tried() {
+    let dir = folder(&[("a.yaml", SERVICE)]);
+    let path = dir.path().to_str().expect("UTF-8");
+    let run =
+        istio_proxy_in(&["proxy", "--config", path], &[("POD_NAMESPACE", "shop"), ("INSTANCE_IP", "10.0.0.99")], "");
+    assert_eq!(run.code, 255);
+    assert!(run.err.contains("10.0.0.99"), "{}", run.err);
+}
+
+#[test]
+fn validate_reads_like_a_compiler() {
+    let good = folder(&[("a.yaml", SERVICE)]);
+    let run = istio_proxy(&["validate", "--config", good.path().to_str().expect("UTF-8")]);
+    assert_eq!((run.code, &*run.out), (0, "1 files, 0 errors, 0 warnings\n"), "{}", run.err);
+
+    let bad = folder(&[("a.yaml", &SERVICE.replace("port: 80,", "port: eighty,"))]);
+    let run = istio_proxy(&["validate", "--config", bad.path().to_str().expect("UTF-8")]);
+    assert_eq!(run.code, 1, "{}", run.out);
+    let line = run.out.lines().next().expect("a finding");
+    let place = format!("{}/a.yaml:7:", bad.path().display());
+    assert!(line.starts_with(&place) && line.contains(": error: Service shop/web: "), "{}", run.out);
+    assert!(run.out.ends_with("1 files, 1 errors, 0 warnings\n"), "{}", run.out);
+}
+
+#[test]
+fn explain_answers_in_text_and_in_json() {
+    let dir = folder(&[("a.yaml", SERVICE)]);
+    let path = dir.path().to_str().expect("UTF-8");
+    let me = [("POD_NAMESPACE", "shop"), ("INSTANCE_IP", "10.0.0.1"), ("POD_NAME", "web-1")];
+    let call = ["--port", "80", "--host", "web.shop", "--address", "10.96.0.1"];
+    let text = istio_proxy_in(&[&["explain", "--config", path][..], &call].concat(), &me, "");
+    assert_eq!(text.code, 0, "{}", text.err);
+    for part in
+        ["0.0.0.0_80", "web.shop.svc.cluster.local:80", "outbound|80||web.shop.svc.cluster.local", "10.0.0.1:8080"]
+    {
+        assert!(text.out.contains(part), "{part}:\n{}", text.out);
+    }
+    let calls = r#"[{"call": {"mode": "inbound", "port": 8080, "address": "10.0.0.1", "host": "web"}}, {"port": 1}]"#;
+    let json = istio_proxy_in(&["explain", "--config", path, "--calls", "-", "--json"], &me, calls);
+    let answers: Vec<serde_json::Value> =
+        json.out.lines().map(|line| serde_json::from_str(line).expect("one answer a line")).collect();
+    assert_eq!(answers.len(), 2, "{}", json.err);
+    assert_eq!(answers[0]["listener"], "virtualInbound");
+    assert_eq!(answers[0]["cluster"], "inbound|8080||");
+    assert_eq!(answers[1]["cluster"], "PassthroughCluster");
+    for key in ["listener", "filterChain", "routeConfig", "virtualHost", "route", "cluster", "error"] {
+        assert!(answers.iter().all(|a| a.get(key).is_some()), "{key}");
+    }
+}
+
+#[test]
+fn tables_and_versions() {
+    let errors = istio_proxy(&["errors"]);
+    assert!(errors.code == 0 && errors.out.contains("rbac_access_denied_matched_policy[none]"));
+    assert_eq!(istio_proxy(&["version", "--short"]).out, format!("{}\n", env!("CARGO_PKG_VERSION")));
+    assert_eq!(istio_proxy(&["--version"]).out, format!("istio-proxy {}\n", env!("CARGO_PKG_VERSION")));
+}
