@@ -17,7 +17,7 @@ use tokio::sync::{mpsc, watch};
 
 use crate::cli::InputArgs;
 use crate::control::{self, Certs, Control, Published, health};
-use crate::drain::{Drain, Phase, Plan};
+use crate::drain::{self, Drain, Phase, Plan};
 use crate::snapshot::Snapshot;
 use crate::telemetry::logging;
 use crate::worker::{self, Workers};
@@ -82,8 +82,7 @@ impl std::error::Error for Died {}
 /// What keeps it from starting; [`Died`] when it ends without being told.
 pub fn run(args: &ProxyArgs, variables: BTreeMap<String, String>) -> Result<()> {
     let levels = logging::start(&args.log_level, args.log_json)?;
-    let ports = Ports::new(args, &variables, levels);
-    let plan = plan(&variables);
+    let process = Process { ports: Ports::new(args, &variables, levels), plan: plan(&variables) };
     let workers = args.concurrency.filter(|n| *n > 0).unwrap_or_else(|| host::concurrency(&variables));
     let certs = args.inputs.certs.clone().map_or(Certs::None, Certs::Folder);
     let mut settings = args.inputs.settings(variables, certs)?;
@@ -91,7 +90,13 @@ pub fn run(args: &ProxyArgs, variables: BTreeMap<String, String>) -> Result<()> 
     let control = Control::start(settings)?;
     // This thread is the control thread.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(Box::pin(serve(args, &ports, control, workers, plan)))
+    runtime.block_on(Box::pin(serve(args, control, workers, process)))
+}
+
+/// What the process was started with.
+struct Process {
+    ports: Ports,
+    plan: Plan,
 }
 
 /// What a goodbye looks like.
@@ -108,47 +113,66 @@ fn plan(variables: &BTreeMap<String, String>) -> Plan {
     Plan { min: max, max, exit_on_zero: false }
 }
 
-async fn serve(args: &ProxyArgs, ports: &Ports, control: Control, count: usize, plan: Plan) -> Result<()> {
+async fn serve(args: &ProxyArgs, control: Control, count: usize, process: Process) -> Result<()> {
     let first = control.published();
     let (drain, leaving) = Drain::new();
-    let drain = Arc::new(drain);
     let (snapshots, receiver) = watch::channel(Arc::clone(&first.snapshot));
     let telemetry = observe::telemetry(&first.proxy);
-    let _logs = observe::logs(args.access_log.as_deref(), &telemetry)?;
-    let settings = worker::Settings { snapshots: receiver, drain: leaving.clone(), node: host::node(&first.proxy) };
+    let settings = worker::Settings {
+        snapshots: receiver,
+        drain: leaving.clone(),
+        node: host::node(&first.proxy),
+        telemetry: Arc::clone(&telemetry),
+        logs: Arc::new(observe::logs(args.access_log.as_deref(), &telemetry)?),
+    };
     let mut workers = Workers::start(count, &settings).context("workers")?;
     if let Some((address, e)) = workers.sockets(&first.snapshot).into_iter().next() {
         return Err(anyhow!(e).context(format!("cannot listen on {address}")));
     }
     observe::published(&first, &telemetry);
     let (publish, published) = watch::channel(first);
-    ports.open(&ports.state(published.clone(), &telemetry, &drain, workers.handles()))?;
+    let drain = Arc::new(drain);
+    let state = process.ports.state(published.clone(), &telemetry, &drain, workers.handles());
+    process.ports.open(&state)?;
     let (ready, is_ready) = watch::channel(false);
+    tokio::spawn(ports::keep_ready(state, ready));
     let (ask, asked) = mpsc::channel(1);
-    let folder = control.publish_health();
+    let health = control
+        .publish_health()
+        .map(|folder| tokio::spawn(health::run(folder, published.clone(), is_ready, leaving.clone())));
     tokio::spawn(control::run(control, publish, asked));
-    if let Some(folder) = folder {
-        tokio::spawn(health::run(folder, published.clone(), is_ready.clone(), leaving.clone()));
-    }
     tracing::info!("{count} workers serve {} listeners", published.borrow().snapshot.listeners().len());
-    ready.send_replace(true);
-    let leave = leave(&drain, plan, ask);
-    tokio::pin!(leave);
-    let mut following = published.clone();
-    let mut gone = leaving.clone();
+    tokio::spawn(leave(drain, process.plan, ask));
+    until_gone(published, &mut workers, leaving, |news, workers| {
+        follow(news, &snapshots, workers);
+        observe::published(news, &telemetry);
+    })
+    .await?;
+    if let Some(health) = health {
+        // It has heard of the end too, and takes its file back.
+        health.await?;
+    }
+    Ok(())
+}
+
+/// Passes on what is published until the last phase, then waits for the workers.
+async fn until_gone(
+    mut published: watch::Receiver<Arc<Published>>,
+    workers: &mut Workers,
+    mut leaving: drain::Watch,
+    pass_on: impl Fn(&Published, &mut Workers),
+) -> Result<()> {
     loop {
         tokio::select! {
             // Told to go is looked at before workers that went because of it.
             biased;
-            () = &mut leave => break,
-            () = gone.reached(Phase::Gone) => break,
-            changed = following.changed() => {
+            () = leaving.reached(Phase::Gone) => break,
+            changed = published.changed() => {
                 if changed.is_err() {
                     return Err(Died("the control loop ended".to_owned()).into());
                 }
-                let news = Arc::clone(&following.borrow_and_update());
-                follow(&news, &snapshots, &mut workers);
-                observe::published(&news, &telemetry);
+                let news = Arc::clone(&published.borrow_and_update());
+                pass_on(&news, workers);
             }
             index = workers.ended() => {
                 return Err(Died(format!("worker {index} ended without being told to")).into());
@@ -168,7 +192,7 @@ fn follow(news: &Published, snapshots: &watch::Sender<Arc<Snapshot>>, workers: &
 }
 
 /// Waits for a reason to leave, and leaves in order. Further signals change nothing, as with the agent.
-async fn leave(drain: &Drain, plan: Plan, ask: mpsc::Sender<()>) {
+async fn leave(drain: Arc<Drain>, plan: Plan, ask: mpsc::Sender<()>) {
     let listen = |kind: SignalKind| signal(kind).inspect_err(|e| tracing::error!("signals: {e}")).ok();
     let (mut term, mut int) = (listen(SignalKind::terminate()), listen(SignalKind::interrupt()));
     let mut hup = listen(SignalKind::hangup());
@@ -186,7 +210,6 @@ async fn leave(drain: &Drain, plan: Plan, ask: mpsc::Sender<()>) {
         break;
     }
     drain.run(plan).await;
-    debug_assert_eq!(drain.phase(), Phase::Gone);
 }
 
 async fn next(signal: &mut Option<tokio::signal::unix::Signal>) {

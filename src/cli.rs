@@ -25,7 +25,7 @@ const NOT_STARTED: u8 = 255;
 /// A sidecar data-plane proxy for Istio.
 #[derive(Debug, Parser)]
 #[command(name = "istio-proxy", version, propagate_version = true)]
-pub struct Cli {
+struct Cli {
     #[command(subcommand)]
     command: Command,
 }
@@ -122,9 +122,9 @@ impl InputArgs {
     }
 }
 
-/// Runs a command; returns the exit code.
-pub fn run(cli: Cli, variables: BTreeMap<String, String>) -> u8 {
-    let (result, failed) = match cli.command {
+/// Runs the command that the arguments say; returns the exit code. Wrong arguments end the process with 2.
+pub fn run(arguments: &[String], variables: BTreeMap<String, String>) -> u8 {
+    let (result, failed) = match Cli::parse_from(arguments).command {
         Command::Proxy(args) => (app::run(&args, variables), NOT_STARTED),
         Command::Explain(args) => (explain_calls(&args, variables), FAILED),
         Command::Validate(args) => match validate(&args) {

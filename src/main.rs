@@ -3,8 +3,7 @@
 use std::collections::BTreeMap;
 use std::process::ExitCode;
 
-use clap::Parser;
-use istio_proxy::cli::{self, Cli};
+use istio_proxy::cli;
 
 #[cfg(feature = "jemalloc")]
 #[global_allocator]
@@ -14,5 +13,5 @@ fn main() -> ExitCode {
     let variables: BTreeMap<String, String> = std::env::vars_os()
         .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
         .collect();
-    ExitCode::from(cli::run(Cli::parse(), variables))
+    ExitCode::from(cli::run(&std::env::args().collect::<Vec<_>>(), variables))
 }

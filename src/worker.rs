@@ -29,6 +29,7 @@ use tokio::time::Instant;
 use crate::drain::{Phase, Watch};
 use crate::proxy::{self, Env, Node};
 use crate::snapshot::Snapshot;
+use crate::telemetry::{Logs, Telemetry};
 use crate::upstream::View;
 use accept::Arrival;
 pub use balance::Load;
@@ -47,6 +48,10 @@ pub struct Settings {
     pub drain: Watch,
     /// Who we are.
     pub node: Node,
+    /// Counters; each worker gets a shard.
+    pub telemetry: Arc<Telemetry>,
+    /// Access logs; each worker gets a sink.
+    pub logs: Arc<Logs>,
 }
 
 /// All workers.
@@ -102,6 +107,8 @@ impl Workers {
             thread(index, move || {
                 let _told = told;
                 runtime.block_on(worker.run(commands));
+                // Connections that are cut still tell their logs; only then it is over.
+                drop(runtime);
             })?;
         }
         Ok(Self { handles, sockets: Sockets::new(senders), ended })
@@ -181,12 +188,13 @@ struct Worker {
 impl Start {
     async fn run(mut self, commands: mpsc::UnboundedReceiver<Command>) {
         let snap = Arc::clone(&self.settings.snapshots.borrow_and_update());
-        let env = Arc::new(Env::new(proxy::Settings {
+        let env = Env::new(proxy::Settings {
             worker: self.index,
             view: Arc::new(View::new(snap, None)),
             drain: self.settings.drain.clone(),
             node: self.settings.node.clone(),
-        }));
+        });
+        let env = Arc::new(env.with_telemetry(self.settings.telemetry.shard(), self.settings.logs.sink()));
         tokio::spawn(follow(self.settings.snapshots, Arc::clone(&env)));
         tokio::spawn(measure_lag(Arc::clone(&self.loads), self.index));
         let worker =

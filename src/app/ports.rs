@@ -5,11 +5,12 @@ use std::io;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
+use tokio::time::sleep;
 
 use super::ProxyArgs;
 use crate::admin::{self, Admin, Port};
@@ -19,6 +20,9 @@ use crate::net::{self, ListenOptions};
 use crate::telemetry::Telemetry;
 use crate::telemetry::logging::Levels;
 use crate::worker;
+
+/// How soon readiness follows what nobody announces: an expired certificate, `/healthcheck/fail`.
+const READY_PERIOD: Duration = Duration::from_secs(1);
 
 /// Which ports are opened; 0 is none.
 pub(super) struct Ports {
@@ -88,6 +92,19 @@ impl Ports {
             });
         }
         Ok(())
+    }
+}
+
+/// Keeps the flag that tells whether this proxy should get traffic.
+pub(super) async fn keep_ready(state: Admin, ready: watch::Sender<bool>) {
+    let mut published = state.published.clone();
+    loop {
+        let is = admin::reasons(&state).is_empty();
+        ready.send_if_modified(|was| std::mem::replace(was, is) != is);
+        tokio::select! {
+            changed = published.changed() => if changed.is_err() { return },
+            () = sleep(READY_PERIOD) => {}
+        }
     }
 }
 

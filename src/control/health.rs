@@ -50,7 +50,8 @@ pub async fn run(
         };
         let reporting = report(&folder, spec.clone(), own, ready.clone(), &mut written);
         tokio::select! {
-            () = reporting => return,
+            // Nobody knows any more whether we are ready.
+            () = reporting => break,
             () = changed(&mut published, spec.as_ref()) => {}
             () = leaving.reached(Phase::Lame) => break,
         }

@@ -154,7 +154,7 @@ impl fmt::Display for Text<'_> {
             ("route", &answer.route),
         ] {
             if let Some(value) = value {
-                line(f, what, value)?;
+                line(f, what, if value.is_empty() { "(no name)" } else { value })?;
             }
         }
         if let Some(tls) = &answer.filter_chain_tls {

@@ -1,0 +1,192 @@
+//! Two sidecars and an application in network namespaces, behind the rules of `istio-iptables`: mTLS between them, policy
+//! in front of the application, configuration that changes while they serve.
+
+mod support;
+
+use std::path::Path;
+
+use support::{
+    Killed, LIMIT, Machine, Machines, Proxy, access_log, certificates, curl, folder, give_to_proxy, privileged,
+    public_binary, replace, serve_as_app, start_app, wait_for,
+};
+
+const CLIENT: &str = "10.77.0.1";
+const SERVER: &str = "10.77.0.2";
+const OUTSIDER: &str = "10.77.0.3";
+const SERVICE: &str = "10.96.77.1";
+
+const MESH: &str = "
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: shop}
+spec:
+  clusterIP: 10.96.77.1
+  selector: {app: web}
+  ports: [{name: http, port: 80, targetPort: 8080}]
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: web-1, namespace: shop, labels: {app: web, security.istio.io/tlsMode: istio}}
+spec: {serviceAccountName: web}
+status: {phase: Running, podIP: 10.77.0.2, conditions: [{type: Ready, status: 'True'}]}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: client-1, namespace: shop, labels: {app: client, security.istio.io/tlsMode: istio}}
+spec: {serviceAccountName: client}
+status: {phase: Running, podIP: 10.77.0.1, conditions: [{type: Ready, status: 'True'}]}
+---
+apiVersion: security.istio.io/v1
+kind: PeerAuthentication
+metadata: {name: default, namespace: shop}
+spec: {mtls: {mode: STRICT}}
+";
+
+fn policy(path: &str) -> String {
+    format!(
+        "apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {{name: web, namespace: shop}}
+spec:
+  selector: {{matchLabels: {{app: web}}}}
+  action: ALLOW
+  rules:
+  - from: [{{source: {{principals: [cluster.local/ns/shop/sa/client]}}}}]
+    to: [{{operation: {{methods: [GET], paths: ['{path}']}}}}]
+"
+    )
+}
+
+/// The application's process; nothing in a normal run.
+#[test]
+fn application() {
+    serve_as_app();
+}
+
+struct Mesh {
+    client: Machine,
+    server: Machine,
+    outsider: Machine,
+    // Processes go before their namespaces.
+    client_proxy: Proxy,
+    server_proxy: Proxy,
+    _app: Killed,
+    _machines: Machines,
+    dir: tempfile::TempDir,
+}
+
+impl Mesh {
+    fn start() -> Self {
+        let dir = folder(&[]);
+        let config = dir.path().join("config");
+        std::fs::create_dir(&config).expect("a folder");
+        std::fs::write(config.join("mesh-objects.yaml"), MESH).expect("a file");
+        std::fs::write(config.join("policy.yaml"), policy("/allowed")).expect("a file");
+        let id = |account: &str| format!("spiffe://cluster.local/ns/shop/sa/{account}");
+        certificates(dir.path(), &[("client", &id("client")), ("web", &id("web"))]);
+        let binary = public_binary(dir.path());
+        give_to_proxy(dir.path());
+        let mut machines = Machines::new(&format!("test-{}", std::process::id())).expect("namespaces");
+        let mut machine = |name: &str, ip: &str| machines.space(name, &[&format!("{ip}/8")]).expect("a namespace");
+        let (client, server, outsider) =
+            (machine("client", CLIENT), machine("server", SERVER), machine("outsider", OUTSIDER));
+        for sidecar in [&client, &server] {
+            let rules = sidecar.command(&binary.to_string_lossy()).arg("istio-iptables").output().expect("it runs");
+            assert!(rules.status.success(), "{}", String::from_utf8_lossy(&rules.stderr));
+        }
+        let app = start_app(&server, "0.0.0.0:8080");
+        let client_proxy = sidecar(&client, dir.path(), ("client", "client-1", CLIENT));
+        let server_proxy = sidecar(&server, dir.path(), ("web", "web-1", SERVER));
+        Self { client, server, outsider, client_proxy, server_proxy, _app: app, _machines: machines, dir }
+    }
+
+    fn get(&self, path: &str) -> (u16, String) {
+        curl(&self.client, &["-H", "host: web.shop", &format!("http://{SERVICE}{path}")])
+    }
+
+    fn log(&self, name: &str) -> Vec<serde_json::Value> {
+        access_log(&self.dir.path().join(format!("{name}.jsonl")))
+    }
+}
+
+fn sidecar(machine: &Machine, dir: &Path, (account, pod, ip): (&str, &str, &str)) -> Proxy {
+    let mut command = machine.command_as_proxy(&dir.join("istio-proxy").to_string_lossy());
+    command.args(["proxy", "--concurrency", "2", "--config"]).arg(dir.join("config"));
+    command.arg("--certs").arg(dir.join(account));
+    command.arg("--access-log").arg(dir.join(format!("{account}.jsonl")));
+    command.env("POD_NAMESPACE", "shop").env("POD_NAME", pod).env("INSTANCE_IP", ip);
+    command.env("SERVICE_ACCOUNT", account);
+    let proxy = Proxy::start(command);
+    wait_for("readiness", LIMIT, || curl(machine, &["http://127.0.0.1:15021/healthz/ready"]).0 == 200)
+        .unwrap_or_else(|e| panic!("{e}: {:?}", curl(machine, &["http://127.0.0.1:15021/healthz/ready"])));
+    proxy
+}
+
+#[test]
+fn two_sidecars_speak_mtls_and_obey_policy() {
+    if !privileged("two_sidecars_speak_mtls_and_obey_policy") {
+        return;
+    }
+    let mut mesh = Mesh::start();
+
+    let (status, seen) = mesh.get("/allowed");
+    assert_eq!(status, 200, "{seen}; {:?} {:?}", mesh.log("client"), mesh.log("web"));
+    let xfcc = seen.lines().find(|l| l.to_ascii_lowercase().starts_with("x-forwarded-client-cert:")).expect("mTLS");
+    assert!(xfcc.contains("URI=spiffe://cluster.local/ns/shop/sa/client"), "{xfcc}");
+
+    let (status, body) = mesh.get("/forbidden");
+    assert_eq!((status, &*body), (403, "RBAC: access denied"));
+
+    let (status, _) = curl(&mesh.outsider, &[&format!("http://{SERVER}:8080/allowed")]);
+    assert_eq!(status, 0, "plaintext is refused under STRICT");
+
+    logs_tell_the_same(&mesh);
+    explanations_agree(&mesh);
+
+    // A changed policy is obeyed by the next request, without a restart.
+    replace(&mesh.dir.path().join("config/policy.yaml"), &policy("/forbidden"));
+    wait_for("the new policy", LIMIT, || mesh.get("/forbidden").0 == 200 && mesh.get("/allowed").0 == 403)
+        .expect("policies are reloaded");
+
+    // A broken one leaves the last good one in force.
+    replace(&mesh.dir.path().join("config/policy.yaml"), &policy("/forbidden").replace("ALLOW", "ALOW"));
+    mesh.server_proxy.wait_for_line("policy.yaml:");
+    assert_eq!((mesh.get("/forbidden").0, mesh.get("/allowed").0), (200, 403));
+
+    mesh.client_proxy.signal("TERM");
+    assert_eq!(mesh.get("/forbidden").0, 200, "leaving proxies still serve");
+    assert_eq!(mesh.client_proxy.wait(), 0);
+}
+
+/// The record names route and cluster, and who refused.
+fn logs_tell_the_same(mesh: &Mesh) {
+    let found = |name: &str, flags: &str, details: &str| {
+        mesh.log(name).iter().any(|line| line["flags"] == flags && line["details"] == details)
+    };
+    let denied = "rbac_access_denied_matched_policy[none]";
+    wait_for("both logs", LIMIT, || found("web", "-", denied) && found("client", "-", "via_upstream"))
+        .unwrap_or_else(|e| panic!("{e}: {:?} {:?}", mesh.log("client"), mesh.log("web")));
+}
+
+/// The running proxy explains the same call as it served it.
+fn explanations_agree(mesh: &Mesh) {
+    let binary = mesh.dir.path().join("istio-proxy").display().to_string();
+    let explain = |machine: &Machine, call: &[&str]| {
+        let mut command = machine.command(&binary);
+        command.args(["explain", "--json", "--admin", "http://127.0.0.1:15000"]).args(call);
+        let out = command.output().expect("it runs");
+        serde_json::from_slice::<serde_json::Value>(&out.stdout)
+            .unwrap_or_else(|e| panic!("{e}: {}", String::from_utf8_lossy(&out.stderr)))
+    };
+    let out =
+        explain(&mesh.client, &["--address", SERVICE, "--port", "80", "--host", "web.shop", "--path", "/allowed"]);
+    assert_eq!(out["cluster"], "outbound|80||web.shop.svc.cluster.local", "{out}");
+    assert_eq!(out["endpoints"][0]["address"], format!("{SERVER}:8080"), "{out}");
+    let peer = "spiffe://cluster.local/ns/shop/sa/client";
+    let inbound = ["--mode", "inbound", "--address", SERVER, "--port", "8080", "--tls", "mtls", "--peer", peer];
+    for (path, allowed) in [("/allowed", true), ("/forbidden", false)] {
+        let answer = explain(&mesh.server, &[&inbound[..], &["--host", "web.shop", "--path", path]].concat());
+        assert_eq!(answer["cluster"], "inbound|8080||", "{answer}");
+        assert_eq!(answer["policies"][0]["allowed"], allowed, "{answer}");
+    }
+}
