@@ -14,7 +14,7 @@ use crate::drain::Phase;
 use crate::net::Stream;
 use crate::proxy::Node;
 use crate::snapshot;
-use crate::telemetry::NodeLabels;
+use crate::telemetry::{LogOptions, Logs, NodeLabels};
 use crate::tls::Secrets;
 use crate::worker::{Settings, Workers};
 
@@ -28,11 +28,14 @@ fn fixture() -> Fixture {
     let (drain, leaving) = Drain::new();
     let (publish, published) = watch::channel(Arc::new(Published::nothing(Arc::new(Proxy::default()))));
     let (_, snapshots) = watch::channel(Arc::default());
-    let settings = Settings { snapshots, drain: leaving, node: Node::default() };
+    let telemetry = Telemetry::new(NodeLabels { istio_version: "1.27".to_owned(), ..NodeLabels::default() });
+    let logs = Arc::new(Logs::start(LogOptions::default(), &telemetry).unwrap());
+    let settings =
+        Settings { snapshots, drain: leaving, node: Node::default(), telemetry: Arc::clone(&telemetry), logs };
     let workers = Workers::start(1, &settings).unwrap();
     let admin = Admin {
         published,
-        telemetry: Telemetry::new(NodeLabels { istio_version: "1.27".to_owned(), ..NodeLabels::default() }),
+        telemetry,
         drain: Arc::new(drain),
         workers: workers.handles().into(),
         levels: None,
