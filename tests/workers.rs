@@ -1,0 +1,230 @@
+//! Real workers on loopback: connections are spread exactly, sockets follow the configuration, goodbyes come in order.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use istio_proxy::drain::{Drain, Phase};
+use istio_proxy::proxy::Node;
+use istio_proxy::snapshot::{self, Snapshot};
+use istio_proxy::telemetry::{LogOptions, Logs, NodeLabels, Telemetry};
+use istio_proxy::tls::Secrets;
+use istio_proxy::worker::{Settings, Workers};
+use proxy_config::Model;
+use proxy_config::model::{
+    Address, CircuitBreakers, Cluster, ClusterKind, Direction, Endpoint, Endpoints, FilterChain, HealthStatus,
+    LbPolicy, Listener, LocalityEndpoints, NetworkFilter, TcpProxy, Transport, WeightedName,
+};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+/// How long an event may take on a busy machine.
+const LIMIT: Duration = Duration::from_secs(20);
+
+fn listener(address: SocketAddr, direction: Direction) -> Listener {
+    let to = WeightedName { cluster: "app".into(), weight: 1 };
+    let tcp = TcpProxy {
+        stat_prefix: "app".to_owned(),
+        clusters: vec![to],
+        idle_timeout: None,
+        max_downstream_connection_duration: None,
+        hash_source_ip: false,
+        tunneling: None,
+        access_log: Vec::new(),
+    };
+    Listener {
+        name: address.to_string().into(),
+        address: Address::Socket(address),
+        additional_addresses: Vec::new(),
+        direction,
+        bind_to_port: true,
+        use_original_dst: false,
+        transparent: false,
+        listener_filters: Vec::new(),
+        listener_filters_timeout: None,
+        continue_on_listener_filters_timeout: false,
+        filter_chains: vec![FilterChain { filters: vec![NetworkFilter::TcpProxy(tcp)], ..FilterChain::default() }],
+        default_filter_chain: None,
+        access_log: Vec::new(),
+        exact_balance: false,
+        max_accepts_per_event: None,
+    }
+}
+
+fn cluster(app: SocketAddr) -> Cluster {
+    let host = Endpoint {
+        address: Address::Socket(app),
+        health: HealthStatus::default(),
+        weight: 1,
+        transport_labels: Default::default(),
+        workload: String::new(),
+        hostname: String::new(),
+        metadata: Default::default(),
+    };
+    let locality = LocalityEndpoints { endpoints: vec![host], ..LocalityEndpoints::default() };
+    Cluster {
+        name: "app".into(),
+        kind: ClusterKind::Static(Endpoints { localities: vec![locality], ..Endpoints::default() }),
+        lb: LbPolicy::Random,
+        connect_timeout: None,
+        limits: CircuitBreakers::default(),
+        outlier: None,
+        healthy_panic_threshold: None,
+        locality_weighted: false,
+        http: Default::default(),
+        transport_matches: Vec::new(),
+        transport: Transport::Raw,
+        source_address: None,
+        tcp_keepalive: None,
+        upstream_port_override: None,
+        istio: Default::default(),
+        metadata_exchange: None,
+        dns: None,
+        close_on_host_failure: false,
+        alt_stat_name: String::new(),
+        tcp_idle_timeout: None,
+        unsupported: Vec::new(),
+    }
+}
+
+fn compiled(app: SocketAddr, listeners: &[(SocketAddr, Direction)]) -> Arc<Snapshot> {
+    let mut model = Model::default();
+    model.clusters.insert("app".into(), Arc::new(cluster(app)));
+    for (address, direction) in listeners {
+        let listener = listener(*address, *direction);
+        model.listeners.insert(Arc::clone(&listener.name), Arc::new(listener));
+    }
+    let (snapshot, rejects) = snapshot::compile(None, &model, &Secrets::new());
+    assert!(rejects.is_empty(), "{rejects:?}");
+    Arc::new(snapshot)
+}
+
+/// An application that echoes; its address.
+async fn echo() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("bound");
+    tokio::spawn(async move {
+        while let Ok((mut tcp, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let (mut reader, mut writer) = tcp.split();
+                tokio::io::copy(&mut reader, &mut writer).await
+            });
+        }
+    });
+    address
+}
+
+async fn free() -> SocketAddr {
+    TcpListener::bind("127.0.0.1:0").await.and_then(|l| l.local_addr()).expect("a port")
+}
+
+struct Proxy {
+    workers: Workers,
+    snapshots: watch::Sender<Arc<Snapshot>>,
+    drain: Drain,
+}
+
+fn start(count: usize, snapshot: &Arc<Snapshot>) -> Proxy {
+    let (drain, leaving) = Drain::new();
+    let (snapshots, receiver) = watch::channel(Arc::clone(snapshot));
+    let telemetry = Telemetry::new(NodeLabels::default());
+    let logs = Arc::new(Logs::start(LogOptions::default(), &telemetry).expect("a thread"));
+    let settings = Settings { snapshots: receiver, drain: leaving, node: Node::default(), telemetry, logs };
+    let mut workers = Workers::start(count, &settings).expect("threads");
+    let failed = workers.sockets(snapshot);
+    assert!(failed.is_empty(), "{failed:?}");
+    Proxy { workers, snapshots, drain }
+}
+
+impl Proxy {
+    fn active(&self) -> Vec<usize> {
+        self.workers.handles().iter().map(|worker| worker.load().active.load(Ordering::Relaxed)).collect()
+    }
+}
+
+async fn speak(client: &mut TcpStream) -> std::io::Result<()> {
+    client.write_all(b"x").await?;
+    client.read_exact(&mut [0]).await.map(drop)
+}
+
+/// A connection that has been served.
+async fn connected(to: SocketAddr) -> TcpStream {
+    let mut client = timeout(LIMIT, TcpStream::connect(to)).await.expect("in time").expect("accepted");
+    timeout(LIMIT, speak(&mut client)).await.expect("in time").expect("echoed");
+    client
+}
+
+#[tokio::test]
+async fn few_long_connections_are_spread_exactly() {
+    let (app, at) = (echo().await, free().await);
+    let proxy = start(3, &compiled(app, &[(at, Direction::Inbound)]));
+    let mut open = Vec::new();
+    for round in 1..=3 {
+        for _ in 0..3 {
+            open.push(connected(at).await);
+        }
+        assert_eq!(proxy.active(), [round; 3]);
+    }
+    drop(open);
+    timeout(LIMIT, proxy.drain.wait_for_zero()).await.expect("all connections end");
+    assert_eq!(proxy.active(), [0; 3]);
+}
+
+#[tokio::test]
+async fn sockets_follow_the_configuration() {
+    let (app, first, second) = (echo().await, free().await, free().await);
+    let mut proxy = start(2, &compiled(app, &[(first, Direction::Inbound)]));
+    let mut kept = connected(first).await;
+    let moved = compiled(app, &[(second, Direction::Inbound)]);
+    proxy.snapshots.send_replace(Arc::clone(&moved));
+    assert!(proxy.workers.sockets(&moved).is_empty());
+    connected(second).await;
+    let closed = async {
+        while TcpStream::connect(first).await.is_ok() {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(LIMIT, closed).await.expect("the old socket is closed");
+    speak(&mut kept).await.expect("open connections stay");
+}
+
+#[tokio::test]
+async fn a_port_that_somebody_has_is_told() {
+    let app = echo().await;
+    let (_drain, leaving) = Drain::new();
+    let snapshot = compiled(app, &[(app, Direction::Inbound)]);
+    let (_snapshots, receiver) = watch::channel(Arc::clone(&snapshot));
+    let telemetry = Telemetry::new(NodeLabels::default());
+    let logs = Arc::new(Logs::start(LogOptions::default(), &telemetry).expect("a thread"));
+    let settings = Settings { snapshots: receiver, drain: leaving, node: Node::default(), telemetry, logs };
+    let failed = Workers::start(2, &settings).expect("threads").sockets(&snapshot);
+    assert_eq!(failed.len(), 1);
+    assert_eq!((failed[0].0, failed[0].1.kind()), (app, std::io::ErrorKind::AddrInUse));
+}
+
+#[tokio::test]
+async fn goodbyes_come_in_order() {
+    let (app, inbound, outbound) = (echo().await, free().await, free().await);
+    let mut proxy = start(2, &compiled(app, &[(inbound, Direction::Inbound), (outbound, Direction::Outbound)]));
+    let mut open = connected(inbound).await;
+
+    proxy.drain.enter(Phase::Lame);
+    connected(inbound).await;
+
+    proxy.drain.enter(Phase::Closing);
+    let refused = async {
+        while TcpStream::connect(inbound).await.is_ok() {
+            tokio::task::yield_now().await;
+        }
+    };
+    timeout(LIMIT, refused).await.expect("peers are refused");
+    connected(outbound).await;
+    speak(&mut open).await.expect("what is open is served on");
+
+    proxy.drain.enter(Phase::Gone);
+    timeout(LIMIT, proxy.workers.all_ended()).await.expect("workers end");
+    assert!(speak(&mut open).await.is_err(), "what was left is cut");
+}
