@@ -14,12 +14,9 @@ use crate::istio::mesh_config::OutboundMode;
 use crate::istio::sidecar::Sidecar;
 use crate::model::{Model, Reject, Severity};
 use crate::objects::{Object, Objects};
-use crate::registry::catalog::Catalog;
+use crate::registry::catalog::{Catalog, DOMAIN};
 use crate::registry::scope::{self, Scope};
 use crate::registry::{Proxy, Service, ServiceTarget, ingress, names, services, targets};
-
-/// Domain of Kubernetes Services.
-const DOMAIN: &str = "cluster.local";
 
 /// A compiled model and whom it is for.
 pub(super) struct Compiled {
@@ -34,7 +31,7 @@ pub(super) struct Compiled {
 pub(super) fn compile(objects: &Objects, node: &Node, told_enough: bool) -> Result<Compiled, String> {
     let cluster = node.text("CLUSTER_ID");
     let cluster = if cluster.is_empty() { "Kubernetes" } else { &cluster };
-    let catalog = Catalog::new(objects, DOMAIN, trust_domain(objects), cluster);
+    let catalog = Catalog::new(objects, trust_domain(objects), cluster, node.text("DNS_CAPTURE") == "true");
     let identity = identity::identify(node, objects, &catalog, told_enough)?;
     let mut model = Model::default();
     fill(objects, &catalog, &identity, &mut model);
@@ -235,7 +232,7 @@ pub(super) fn check(objects: &Objects) -> Vec<Reject> {
             }
         }
     }
-    let services = services::services(objects, DOMAIN, trust_domain(objects));
+    let services = services::services(objects, DOMAIN, trust_domain(objects), false);
     for policy in &objects.authorization_policies {
         let selector = policy.spec.selector.clone().unwrap_or_default();
         let proxy =

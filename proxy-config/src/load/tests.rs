@@ -76,7 +76,7 @@ fn a_virtual_machine_registers_itself() {
         let mut sources = seed(&["y03"]);
         sources.push(file("own.yaml", &entry.document(healthy, "", "2026-01-01T00:00:00Z")));
         let objects = objects::read(&Documents::new(&sources, None, None).objects).objects;
-        let catalog = Catalog::new(&objects, "cluster.local", "cluster.local", "Kubernetes");
+        let catalog = Catalog::new(&objects, "cluster.local", "Kubernetes", false);
         let service = catalog.services.iter().find(|s| s.name == "payment-service").expect("the service");
         let endpoints = catalog.endpoints(service, 8080);
         let usable: Vec<&str> =
@@ -259,4 +259,17 @@ fn istios_own_validation_holds() {
     ] {
         assert_eq!(of(kind, spec), wrong, "{kind} {spec}");
     }
+}
+
+#[test]
+fn captured_dns_gives_service_entries_addresses() {
+    let entry = "apiVersion: networking.istio.io/v1\nkind: ServiceEntry\nmetadata: {name: e, namespace: frontend}\n\
+                 spec: {hosts: [e.example], ports: [{number: 5432, name: tcp, protocol: TCP}], resolution: DNS}\n";
+    let plain = load(vec![file("e.yaml", entry)], CLIENT);
+    assert!(plain.model.names.is_empty() && plain.model.listeners.contains_key("0.0.0.0_5432"));
+    let captured =
+        load(vec![file("e.yaml", entry)], &CLIENT.replace("\"LABELS\"", "\"DNS_CAPTURE\": \"true\", \"LABELS\""));
+    let ip = captured.model.names["e.example"].ips[0].clone();
+    assert!(ip.starts_with("240.240."), "{ip}");
+    assert!(captured.model.listeners.contains_key(format!("{ip}_5432").as_str()));
 }

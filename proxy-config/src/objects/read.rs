@@ -292,7 +292,7 @@ impl One<'_> {
     /// Unread fields go to the list; in Istio's own kinds each is told, and in a security kind it is an error: a
     /// misspelt `from` would open the door.
     fn tell_unread(&mut self, out: &mut Reading) {
-        let istio = self.key.group.ends_with(".istio.io");
+        let istio = self.key.group.ends_with(".istio.io") || self.key.kind == MESH_CONFIG;
         let security = istio && self.is_security();
         for (path, line, column) in std::mem::take(&mut *self.notes.unread.borrow_mut()) {
             if matches!(path.as_str(), "apiVersion" | "kind" | "metadata" | "status") {

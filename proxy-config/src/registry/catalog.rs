@@ -12,6 +12,9 @@ use crate::k8s::{EndpointSlice, SliceEndpoint};
 use crate::model::{Address, HealthStatus};
 use crate::objects::{Object, Objects};
 
+/// Domain of Kubernetes Services.
+pub(crate) const DOMAIN: &str = "cluster.local";
+
 /// Services and workloads, ready to be asked.
 pub(crate) struct Catalog<'o> {
     objects: &'o Objects,
@@ -28,7 +31,8 @@ pub(crate) struct Catalog<'o> {
 
 impl<'o> Catalog<'o> {
     /// `cluster` names this Kubernetes cluster in labels and metadata.
-    pub(crate) fn new(objects: &'o Objects, domain: &str, trust_domain: &str, cluster: &str) -> Self {
+    /// `allocate` gives addresses to ServiceEntries that have none.
+    pub(crate) fn new(objects: &'o Objects, trust_domain: &str, cluster: &str, allocate: bool) -> Self {
         let pods = workload::pods(objects, cluster);
         let mut slices: BTreeMap<(&str, &str), Vec<&EndpointSlice>> = BTreeMap::new();
         for slice in &objects.slices {
@@ -40,7 +44,7 @@ impl<'o> Catalog<'o> {
         let by_address =
             pods.iter().enumerate().flat_map(|(i, p)| p.addresses.iter().map(move |a| (a.clone(), i))).collect();
         Self {
-            services: services::services(objects, domain, trust_domain),
+            services: services::services(objects, DOMAIN, trust_domain, allocate),
             entries: workload::entries(objects, cluster),
             trust_domain: trust_domain.to_owned(),
             cluster: cluster.to_owned(),

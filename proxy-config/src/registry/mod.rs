@@ -2,6 +2,7 @@
 //!
 //! The registry is built from loaded objects and asked by `compile`; it knows nothing of listeners or clusters.
 
+pub(crate) mod allocate;
 pub(crate) mod catalog;
 pub(crate) mod ingress;
 pub(crate) mod names;

@@ -11,16 +11,19 @@ use crate::objects::{Object, Objects};
 const TRAFFIC_DISTRIBUTION: &str = "networking.istio.io/traffic-distribution";
 
 /// All services, oldest first; of equal age by name, then namespace.
-pub(crate) fn services(objects: &Objects, domain: &str, trust_domain: &str) -> Vec<Arc<Service>> {
+/// `allocate` gives addresses to ServiceEntries that have none.
+pub(crate) fn services(objects: &Objects, domain: &str, trust_domain: &str, allocate: bool) -> Vec<Arc<Service>> {
     let kubernetes = objects.services.iter().map(|s| {
         let namespace = objects.namespaces.iter().find(|n| n.meta.name == s.meta.namespace);
         let inherited = namespace.and_then(|n| n.meta.annotations.get(TRAFFIC_DISTRIBUTION));
-        Arc::new(kubernetes(s, domain, trust_domain, inherited.map(String::as_str).unwrap_or_default()))
+        kubernetes(s, domain, trust_domain, inherited.map(String::as_str).unwrap_or_default())
     });
-    let entries = objects.service_entries.iter().flat_map(external).map(Arc::new);
-    let mut all: Vec<Arc<Service>> = kubernetes.chain(entries).collect();
+    let mut all: Vec<Service> = kubernetes.chain(objects.service_entries.iter().flat_map(external)).collect();
+    if allocate {
+        super::allocate::allocate(&mut all);
+    }
     all.sort_by(|a, b| (&a.created, &a.name, &a.namespace).cmp(&(&b.created, &b.name, &b.namespace)));
-    all
+    all.into_iter().map(Arc::new).collect()
 }
 
 fn kubernetes(object: &Object<k8s::Service>, domain: &str, trust_domain: &str, inherited: &str) -> Service {
@@ -243,7 +246,7 @@ fn reach(service: &Service, namespace: &str, default_export: &[String]) -> Optio
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
 
     fn port(name: &str, number: u16, app: &str) -> k8s::Port {
@@ -277,7 +280,12 @@ mod tests {
         assert_eq!(address("example.com"), None);
     }
 
-    fn named_service(host: &str, namespace: &str, provider: Provider, export: &[&str]) -> Arc<Service> {
+    pub(in crate::registry) fn named_service(
+        host: &str,
+        namespace: &str,
+        provider: Provider,
+        export: &[&str],
+    ) -> Arc<Service> {
         let mut object = Object {
             meta: k8s::Meta { namespace: namespace.to_owned(), ..k8s::Meta::default() },
             spec: Arc::new(ServiceEntry { hosts: vec![host.to_owned()], ..ServiceEntry::default() }),
