@@ -37,7 +37,8 @@ impl ClusterShared {
     /// A cluster outside any snapshot, for tests and benches of what uses clusters.
     pub fn alone(config: model::Cluster, hosts: &model::Endpoints, secrets: &Secrets) -> Self {
         let matches = config.transport_matches.iter().map(|m| &m.transport);
-        let transports = matches.chain([&config.transport]).map(|said| Transport::compile(said, secrets)).collect();
+        let transports =
+            matches.chain([&config.transport]).map(|said| Transport::compile(said, &config, secrets)).collect();
         Self {
             name: Arc::clone(&config.name),
             breakers: Arc::new(Breakers::new(&config.limits)),
@@ -108,15 +109,20 @@ impl Transport {
     }
 
     /// Compiles; what cannot be used is compiled too, with its reason.
-    pub fn compile(said: &model::Transport, secrets: &Secrets) -> Self {
+    /// `cluster` may ask that the certificate carries the name that was asked for (`auto_san_validation`).
+    pub fn compile(said: &model::Transport, cluster: &model::Cluster, secrets: &Secrets) -> Self {
         match said {
             model::Transport::Raw => Self::Raw,
-            model::Transport::Tls(tls) => match ClientTls::compile(tls, secrets) {
-                Ok(tls) => Self::Tls(tls),
-                Err(why) => Self::Unusable(why.into()),
-            },
+            model::Transport::Tls(tls) => {
+                let mut tls = (**tls).clone();
+                tls.auto_sni_san_validation |= cluster.http.auto_san_validation;
+                match ClientTls::compile(&tls, secrets) {
+                    Ok(tls) => Self::Tls(tls),
+                    Err(why) => Self::Unusable(why.into()),
+                }
+            }
             model::Transport::ProxyProtocol(version, inner) => {
-                Self::ProxyProtocol(*version, Box::new(Self::compile(inner, secrets)))
+                Self::ProxyProtocol(*version, Box::new(Self::compile(inner, cluster, secrets)))
             }
             model::Transport::Unsupported(name) => {
                 Self::Unusable(format!("transport socket {name} is not supported").into())

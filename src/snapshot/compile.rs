@@ -211,7 +211,7 @@ impl Work<'_> {
         });
         let said = config.transport_matches.iter().map(|m| &m.transport).chain([&config.transport]);
         let mut compile = |said: &model::Transport| {
-            let transport = Transport::compile(said, self.secrets);
+            let transport = Transport::compile(said, config, self.secrets);
             if let Some(why) = transport.unusable() {
                 // A certificate that has not come yet is no mistake of the configuration.
                 match missing_of(said, self.secrets) {

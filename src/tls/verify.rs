@@ -84,7 +84,8 @@ impl PeerVerifier {
         if is_svid && peer.uri_sans.len() > 1 {
             return Err(mismatch(format!("more than one URI name in the certificate: {}", peer.uri_sans.join(", "))));
         }
-        if self.names.is_empty() || self.names.iter().any(|rule| rule.holds(&peer)) {
+        let anybody = self.names.is_empty() && !self.accept_server_name;
+        if anybody || self.names.iter().any(|rule| rule.holds(&peer)) {
             return Ok(());
         }
         if let (true, Role::Server(name)) = (self.accept_server_name, role)
