@@ -13,7 +13,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use super::body::Progress;
 use super::breaker::{Active, Permit};
 use super::failure;
-use super::pool::Lease;
+use super::lease::Lease;
 use crate::error::{Error, Kind};
 
 /// A response whose body has not come yet.

@@ -59,7 +59,7 @@ pub(super) struct Load {
 /// Divides traffic. Each priority counts for its healthy share times the overprovisioning factor; what a priority cannot
 /// take spills over to the next. `panic_threshold` and `overprovisioning` are percentages.
 pub(super) fn loads(counts: &[Count], overprovisioning: u32, panic_threshold: f64) -> Vec<Load> {
-    let share = |part: u32, all: u32| if all == 0 { 0 } else { (overprovisioning * part / all).min(100) };
+    let share = |part: u32, all: u32| (overprovisioning * part).checked_div(all).unwrap_or(0).min(100);
     let able: Vec<(u32, u32)> = counts.iter().map(|c| (share(c.healthy, c.all), share(c.degraded, c.all))).collect();
     let total = able.iter().map(|(healthy, degraded)| healthy + degraded).sum::<u32>().min(100);
     let mut loads = vec![Load::default(); counts.len()];

@@ -22,6 +22,7 @@ mod health;
 mod idle;
 mod judge;
 mod lb;
+mod lease;
 mod outlier;
 mod pool;
 mod retry;

@@ -360,7 +360,9 @@ mod tests {
         for (name, policy, signals, ejected) in cases {
             let shared = hosts(1);
             let detector = detector(policy, &shared);
-            signals.iter().for_each(|s| drop(detector.record(&shared.hosts.all[0].stats, *s, SOON, 99)));
+            signals.iter().for_each(|s| {
+                detector.record(&shared.hosts.all[0].stats, *s, SOON, 99);
+            });
             assert_eq!(is_ejected(&shared, 0), *ejected, "{name}");
         }
     }
@@ -373,7 +375,9 @@ mod tests {
             let shared = hosts(count);
             let detector = detector(&policy, &shared);
             for host in &shared.hosts.all {
-                (0..5).for_each(|_| drop(detector.record(&host.stats, Signal::Broken, SOON, 0)));
+                (0..5).for_each(|_| {
+                    detector.record(&host.stats, Signal::Broken, SOON, 0);
+                });
             }
             let ejected = (0..usize::from(count)).filter(|i| is_ejected(&shared, *i)).count();
             assert_eq!(ejected, most, "{count} hosts at {percent} %");
@@ -391,7 +395,9 @@ mod tests {
         let stats = &shared.hosts.all[0].stats;
         let mut now = SOON;
         for expected in [30_000, 60_000, 70_000, 70_000] {
-            (0..5).for_each(|_| drop(detector.record(stats, Signal::Broken, now, 0)));
+            (0..5).for_each(|_| {
+                detector.record(stats, Signal::Broken, now, 0);
+            });
             assert_eq!(stats.ejection.until.load(Relaxed), now + expected);
             detector.sweep(now + expected - 1, 0);
             assert!(is_ejected(&shared, 0));
@@ -399,8 +405,12 @@ mod tests {
             assert_eq!(detector.sweep(now, 0), 0);
             assert!(!is_ejected(&shared, 0));
         }
-        (0..4).for_each(|_| drop(detector.sweep(now, 0)));
-        (0..5).for_each(|_| drop(detector.record(stats, Signal::Broken, now, 0)));
+        (0..4).for_each(|_| {
+            detector.sweep(now, 0);
+        });
+        (0..5).for_each(|_| {
+            detector.record(stats, Signal::Broken, now, 0);
+        });
         assert_eq!(stats.ejection.until.load(Relaxed), now + 30_000);
     }
 

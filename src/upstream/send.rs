@@ -14,7 +14,8 @@ use super::answer::{Answer, AnswerBody, Hold, Timer};
 use super::body::{Body, Repeat};
 use super::breaker::{Active, Permit};
 use super::judge::{self, Facts, Judgement, Outcome};
-use super::pool::{Key, Lease, Refusal};
+use super::lease::Lease;
+use super::pool::{Key, Refusal};
 use super::retry::Retries;
 use super::view::Picked;
 use super::{Call, Trace, failure, idle};
@@ -46,10 +47,10 @@ enum Tried {
 impl Tried {
     /// Makes room for the next try. A response that has no body leaves its connection usable, any other closes it.
     fn discard(self) {
-        if let Self::Answered(response, hold) = self {
-            if http_body::Body::is_end_stream(response.body()) {
-                hold.finish();
-            }
+        if let Self::Answered(response, hold) = self
+            && http_body::Body::is_end_stream(response.body())
+        {
+            hold.finish();
         }
     }
 }
@@ -257,6 +258,10 @@ impl Exchange<'_> {
         }
         trace.host = Some(Arc::clone(&picked.host));
         let key = self.key(&picked);
+        if key.h2 && self.call.upgrade {
+            let why = "upgrades towards an HTTP/2 upstream (extended CONNECT) are not supported";
+            return Failed::before(Error::local(Kind::UnsupportedConfig).because(why));
+        }
         let pool = picked.pools.pool(&key);
         let lease = match pool.checkout(std::mem::take(&mut self.fresh)).await {
             Ok(lease) => lease,

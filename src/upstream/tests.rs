@@ -602,6 +602,68 @@ async fn relayed_connections() {
     assert_settled(&cluster_.shared);
 }
 
+/// A TLS server for one exchange that selects HTTP/1.1; says what the client offered it.
+async fn tls_server(listener: TcpListener, tls: crate::tls::ServerTls) -> Option<Arc<Peer>> {
+    let (stream, _) = listener.accept().await.unwrap();
+    let (mut stream, peer) = crate::tls::accept(stream.into(), &tls, Duration::from_secs(5)).await.ok()?;
+    let mut request = [0; 512];
+    if stream.read(&mut request).await.ok()? > 0 {
+        stream.write_all(OK.as_bytes()).await.unwrap();
+        stream.flush().await.unwrap();
+    }
+    Some(peer)
+}
+
+#[tokio::test]
+async fn encrypted_connections_offer_what_the_filter_says() {
+    use proxy_config::model::{CommonTls, DownstreamTls, Transport, UpstreamTls, Validation};
+    let root = crate::ca::Root::generate("test root").unwrap().0;
+    let now = time::OffsetDateTime::now_utc();
+    let day = Duration::from_secs(86_400);
+    let (chain, key) = root.sign_between(&["spiffe://cluster.local/ns/a/sa/b"], now - day, now + day).unwrap();
+    let secrets = crate::tls::Secrets::new()
+        .with_identity("default", crate::tls::Identity::from_pem(chain.as_bytes(), key.as_bytes()).unwrap())
+        .with_roots("ROOTCA", crate::tls::Roots::from_pem(root.certificate().as_bytes()).unwrap());
+    let common = |alpn: &[&str]| CommonTls {
+        certificates: vec!["default".into()],
+        validation: Some(Validation { roots: Some("ROOTCA".into()), san: Vec::new(), accept_untrusted: false }),
+        alpn: alpn.iter().map(|name| (*name).to_owned()).collect(),
+        ..CommonTls::default()
+    };
+    let said = DownstreamTls { common: common(&["http/1.1"]), require_client_certificate: true };
+    let server = crate::tls::ServerTls::compile(&said, &secrets, "test").unwrap();
+    let rewrite =
+        Arc::new(AlpnRewrite { http11: vec!["istio-http/1.1".into(), "http/1.1".into()], ..AlpnRewrite::default() });
+    // (name checked automatically, filter wanted, what was agreed on)
+    for (checked, no_override, agreed) in
+        [(false, false, Some(Some("http/1.1"))), (false, true, Some(None)), (true, false, None)]
+    {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let said = endpoints(&[listener.local_addr().unwrap().port()]);
+        let mut config = cluster("c");
+        let sni = if checked { "" } else { "outbound_.80_._.svc" };
+        let tls = UpstreamTls { common: common(&["istio"]), sni: sni.to_owned(), ..UpstreamTls::default() };
+        config.transport = Transport::Tls(Box::new(tls));
+        config.istio.no_alpn_override = no_override;
+        config.http.auto_sni = checked;
+        config.http.auto_san_validation = checked;
+        let cluster = joined(Arc::new(ClusterShared::alone(config, &said, &secrets)), None);
+        let call = Call { alpn: Some(&rewrite), host: Some("svc"), ..Call::new(&cluster) };
+        let asked = ask(&call, Method::GET, Body::empty());
+        let (result, peer) = tokio::join!(asked, tls_server(listener, server.clone()));
+        let Some(alpn) = agreed else {
+            let (error, trace) = result.unwrap_err();
+            assert_eq!((error.kind, trace.flags), (Kind::PeerIdentity, Flags::UF), "the certificate does not say svc");
+            continue;
+        };
+        let (status, trace) = result.unwrap();
+        assert_eq!(status, 200);
+        assert_eq!(trace.peer.unwrap().alpn.as_deref(), alpn);
+        assert_eq!(peer.unwrap().sni.as_deref(), Some("outbound_.80_._.svc"));
+        assert_eq!(cluster.metrics.ssl_handshake.value(), 1);
+    }
+}
+
 #[tokio::test]
 async fn unix_sockets() {
     let path = std::env::temp_dir().join(format!("upstream-{}.sock", std::process::id()));

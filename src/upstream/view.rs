@@ -92,10 +92,12 @@ pub struct ClusterLocal {
     /// By position in [`crate::snapshot::HostSet::all`].
     hosts: Box<[Arc<HostPools>]>,
     /// Original destinations.
-    dynamic: Arc<Mutex<HashMap<SocketAddr, (Arc<Host>, Arc<HostPools>)>>>,
+    dynamic: Arc<Mutex<Dynamic>>,
     balancer: Mutex<Balancer>,
     outlier: Option<Policy>,
 }
+
+type Dynamic = HashMap<SocketAddr, (Arc<Host>, Arc<HostPools>)>;
 
 impl fmt::Debug for ClusterLocal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
