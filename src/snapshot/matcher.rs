@@ -148,7 +148,10 @@ impl fmt::Display for StringMatch {
 }
 
 fn contains(value: &[u8], part: &[u8]) -> bool {
-    part.is_empty() || value.windows(part.len()).any(|window| window == part)
+    let Some((first, rest)) = part.split_first() else { return true };
+    // Comparing only where the first byte fits saves a call for every byte of the value.
+    let starts = value.iter().enumerate().filter(|(_, byte)| *byte == first);
+    starts.map(|(at, _)| &value[at + 1..]).any(|tail| tail.starts_with(rest))
 }
 
 /// A compiled [`model::HeaderMatcher`].
@@ -310,7 +313,7 @@ impl QueryMatch {
 
 /// The path without query and fragment.
 pub fn url_path(path: &str) -> &str {
-    path.find(['?', '#']).map_or(path, |end| &path[..end])
+    path.bytes().position(|b| b == b'?' || b == b'#').map_or(path, |end| &path[..end])
 }
 
 /// The query without `?` and fragment; empty when there is none.

@@ -126,7 +126,8 @@ impl<'t> Found<'t> {
 /// The route of a request. `draw` is uniform over `u64` and chooses among weighted clusters.
 pub fn find<'t>(table: &'t RouteTable, request: &RequestView<'_>, draw: u64) -> Result<Found<'t>, NoRoute> {
     let vhost = table.virtual_host(request.authority).ok_or(NoRoute::VirtualHost)?;
-    let route = vhost.routes.iter().find(|r| r.matches.holds(request)).ok_or(NoRoute::Route)?;
+    let path = url_path(request.path);
+    let route = vhost.routes.iter().find(|r| r.matches.holds(request, path)).ok_or(NoRoute::Route)?;
     let forward = match &route.action {
         Action::Forward(forward) => Some(&**forward),
         _ => None,
@@ -192,21 +193,20 @@ impl Route {
 }
 
 impl RouteMatch {
-    /// Whether the route takes the request. What is cheap comes first.
-    fn holds(&self, request: &RequestView<'_>) -> bool {
-        self.path_holds(request)
+    /// Whether the route takes the request, whose path without query is `path`. What is cheap comes first.
+    fn holds(&self, request: &RequestView<'_>, path: &str) -> bool {
+        self.path_holds(request, path)
             && (!self.grpc || is_grpc(request))
             && self.headers.iter().all(|header| header.matches(request))
             && self.query_holds(request)
             && self.metadata.iter().all(|metadata| metadata.matches(None))
     }
 
-    fn path_holds(&self, request: &RequestView<'_>) -> bool {
+    fn path_holds(&self, request: &RequestView<'_>, path: &str) -> bool {
         // A CONNECT without path belongs to the routes that ask for it and to no other, not even `.*`.
         if request.method == Method::CONNECT && !request.path.starts_with('/') {
             return matches!(self.path, PathRule::Connect);
         }
-        let path = url_path(request.path);
         match &self.path {
             PathRule::Prefix(prefix) => self.starts(path, prefix),
             PathRule::Exact(exact) => path.len() == exact.len() && self.starts(path, exact),
