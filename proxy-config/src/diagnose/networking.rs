@@ -117,7 +117,7 @@ fn ports(found: &mut Findings, spec: &ServiceEntry) {
 fn endpoints(found: &mut Findings, spec: &ServiceEntry) {
     const FIELD: &str = "spec.endpoints";
     let selects = spec.workload_selector.is_some();
-    found.expect(!(selects && !spec.endpoints.is_empty()), FIELD, "endpoints and workloadSelector exclude each other");
+    found.expect(!selects || spec.endpoints.is_empty(), FIELD, "endpoints and workloadSelector exclude each other");
     let some = !spec.endpoints.is_empty();
     match spec.resolution {
         Resolution::None => found.expect(!some, FIELD, "resolution NONE takes no endpoints"),

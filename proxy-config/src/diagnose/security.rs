@@ -124,7 +124,7 @@ fn is_path(path: &str) -> bool {
     path.split('/').all(|segment| match segment {
         "{*}" => !deep,
         "{**}" => !std::mem::replace(&mut deep, true),
-        literal => !literal.contains(['{', '}']) && !(template && literal.contains('*')),
+        literal => !literal.contains(if template { &['{', '}', '*'][..] } else { &['{', '}'] }),
     })
 }
 
