@@ -28,14 +28,23 @@ pub struct Counters {
 /// How a copy ended.
 #[derive(Debug)]
 pub enum End {
-    /// Both sides finished in order.
-    Done,
+    /// Both sides finished in order; who did so first.
+    Done(First),
     /// No byte went either way for the idle time.
     Idle,
     /// The client's side failed.
     Client(io::Error),
     /// The upstream's side failed.
     Upstream(io::Error),
+}
+
+/// Who finished first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum First {
+    /// The client.
+    Client,
+    /// The upstream.
+    Upstream,
 }
 
 /// Copies until both directions have ended. A finished direction is passed on as a half-close, the other goes on.
@@ -47,6 +56,7 @@ where
     let mut up = Direction::new();
     let mut down = Direction::new();
     let mut watchdog = idle.map(Watchdog::new);
+    let mut first = None;
     poll_fn(|cx| {
         let before = up.moved + down.moved;
         let up_done = match up.poll(cx, client, upstream, &counters.sent) {
@@ -57,8 +67,11 @@ where
             Poll::Ready(Err(failure)) => return Poll::Ready(failure.end(true)),
             other => other.is_ready(),
         };
-        if up_done && down_done {
-            return Poll::Ready(End::Done);
+        if up_done || down_done {
+            let first = *first.get_or_insert(if up_done { First::Client } else { First::Upstream });
+            if up_done && down_done {
+                return Poll::Ready(End::Done(first));
+            }
         }
         let active = up.moved + down.moved != before;
         match &mut watchdog {
@@ -270,7 +283,7 @@ mod tests {
         ends.client.read_to_string(&mut answer).await.unwrap();
         assert_eq!(answer, "late answer");
         let (end, sent, received) = ends.copy.await.unwrap();
-        assert!(matches!(end, End::Done));
+        assert!(matches!(end, End::Done(_)));
         assert_eq!((sent, received), (8, 11));
     }
 
@@ -290,7 +303,7 @@ mod tests {
         assert!(got == expected);
         drop(app);
         write.await.unwrap();
-        assert!(matches!(ends.copy.await.unwrap().0, End::Done));
+        assert!(matches!(ends.copy.await.unwrap().0, End::Done(_)));
     }
 
     #[tokio::test(start_paused = true)]

@@ -4,7 +4,7 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
-use http_body::{Body as _, Frame, SizeHint};
+use http_body::{Frame, SizeHint};
 
 use super::ctx::Ctx;
 use super::expiry::Expiry;
@@ -39,7 +39,7 @@ impl http_body::Body for Body {
             Self::Tracked(ctx, inner, expiry) => {
                 let polled = Pin::new(&mut *inner).poll_frame(cx);
                 if let (Poll::Pending, Some(expiry)) = (&polled, expiry.as_deref_mut()) {
-                    let error = ready!(expiry.poll(cx, ctx));
+                    let error = ready!(expiry.poll(cx, ctx.progress.as_deref()));
                     ctx.failed(&error);
                     *this = Self::Done;
                     return Poll::Ready(Some(Err(error)));

@@ -8,11 +8,12 @@ use proxy_config::model::{Direction, TransportProtocol};
 use tokio::time::{Instant, timeout};
 
 use super::Env;
+use super::server_first::{self, Early, QUIET};
 use crate::drain::Guard;
 use crate::error::Kind;
 use crate::net::Stream;
 use crate::net::sniff::{Inspectors, Sniffed, Sniffer, Transport};
-use crate::snapshot::{Attributes, Chain, ChainInput, Filter, Listener};
+use crate::snapshot::{Attributes, Chain, ChainInput, Filter, Listener, Terminal};
 use crate::telemetry::{Record, RecordKind, Reporter};
 use crate::tls::{self, HANDSHAKE_LIMIT, Peer};
 
@@ -70,7 +71,7 @@ pub(super) enum Refusal {
 }
 
 /// Finds the chain, ends TLS, asks policy. `None`: the connection is over and was accounted for.
-pub(super) async fn open(stream: Stream, mut arrival: Arrival) -> Option<(Stream, Arc<Conn>)> {
+pub(super) async fn open(stream: Stream, mut arrival: Arrival) -> Option<(Stream, Arc<Conn>, Option<Early>)> {
     let guard = arrival.env.drain.guard();
     let view = arrival.env.view();
     if let Some(other) = view.snap.hand_off(&arrival.listener, arrival.destination) {
@@ -97,7 +98,7 @@ pub(super) async fn open(stream: Stream, mut arrival: Arrival) -> Option<(Stream
                 started: begun.1,
                 _guard: guard,
             };
-            Some((found.stream, Arc::new(conn)))
+            Some((found.stream, Arc::new(conn), found.early))
         }
         Err(refusal) => {
             refused(&arrival, &refusal, begun);
@@ -145,10 +146,11 @@ struct Established {
     client_tls: bool,
     alpn: Vec<String>,
     eof: bool,
+    early: Option<Early>,
 }
 
 async fn establish(mut stream: Stream, arrival: &Arrival) -> Result<Established, Refusal> {
-    let seen = inspect(&mut stream, arrival).await.inspect_err(|_| stream.reset_on_drop())?;
+    let (seen, early) = inspect(&mut stream, arrival).await.inspect_err(|_| stream.reset_on_drop())?;
     let chain = chain_for(arrival, &seen).ok_or(Refusal::NoChain).inspect_err(|_| stream.reset_on_drop())?;
     let chain = Arc::clone(chain);
     stream = stream.replay(seen.prefix);
@@ -162,38 +164,57 @@ async fn establish(mut stream: Stream, arrival: &Arrival) -> Result<Established,
     let sni = tls.as_ref().and_then(|peer| peer.sni.clone()).or(seen.sni);
     check_filters(&chain, arrival, tls.as_deref(), sni.as_deref())?;
     let client_tls = seen.transport == Transport::Tls;
-    Ok(Established { stream, chain, tls, sni, client_tls, alpn: seen.alpn, eof: seen.eof })
+    Ok(Established { stream, chain, tls, sni, client_tls, alpn: seen.alpn, eof: seen.eof, early })
 }
 
 /// Looks at the first bytes as far as the listener asks.
-async fn inspect(stream: &mut Stream, arrival: &Arrival) -> Result<Sniffed, Refusal> {
+async fn inspect(stream: &mut Stream, arrival: &Arrival) -> Result<(Sniffed, Option<Early>), Refusal> {
     let plan = arrival.listener.inspect(arrival.destination.port());
     let mut sniffer = Sniffer::new(Inspectors { tls: plan.tls, http: plan.http });
     if sniffer.is_done() {
-        return Ok(sniffer.finish());
+        return Ok((sniffer.finish(), None));
     }
     if let Some(limit) = plan.timeout {
         return match timeout(limit, sniffer.run(stream)).await {
-            Ok(run) => run.map(|()| sniffer.finish()).map_err(|_| Refusal::Gone),
-            Err(_) if plan.continue_on_timeout => Ok(sniffer.finish()),
+            Ok(run) => run.map(|()| (sniffer.finish(), None)).map_err(|_| Refusal::Gone),
+            Err(_) if plan.continue_on_timeout => Ok((sniffer.finish(), None)),
             Err(_) => Err(Refusal::Silent),
         };
     }
-    // Without a limit of its own a client may stay silent only where plaintext is served: server-first protocols do.
-    match timeout(HANDSHAKE_LIMIT, sniffer.run(stream)).await {
-        Ok(run) => run.map_err(|_| Refusal::Gone)?,
-        Err(_) => {
-            let nothing = Sniffed::default();
-            if sniffer.seen() > 0 && chain_for(arrival, &nothing).is_none_or(|chain| chain.tls.is_some()) {
-                return Err(Refusal::Silent);
-            }
-            if chain_for(arrival, &nothing).is_none() {
-                return Err(Refusal::Silent);
-            }
-            sniffer.run(stream).await.map_err(|_| Refusal::Gone)?;
-        }
+    if let Ok(run) = timeout(QUIET, sniffer.run(stream)).await {
+        return run.map(|()| (sniffer.finish(), None)).map_err(|_| Refusal::Gone);
     }
-    Ok(sniffer.finish())
+    Box::pin(wait(stream, arrival, sniffer, plan.http)).await
+}
+
+/// Goes on with a client that has not said enough and for whom configuration sets no limit.
+async fn wait(
+    stream: &mut Stream,
+    arrival: &Arrival,
+    mut sniffer: Sniffer,
+    looks_for_http: bool,
+) -> Result<(Sniffed, Option<Early>), Refusal> {
+    let plain = chain_for(arrival, &Sniffed::default()).filter(|chain| chain.tls.is_none());
+    if let Some(chain) = plain
+        && let Terminal::Tcp(tcp) = &chain.terminal
+        && looks_for_http
+        && sniffer.seen() == 0
+        && check_filters(chain, arrival, None, None).is_ok()
+    {
+        let early = server_first::race(stream, &mut sniffer, arrival, tcp).await?;
+        let seen = sniffer.finish();
+        let same = chain_for(arrival, &seen).is_some_and(|chosen| Arc::ptr_eq(chosen, chain));
+        return Ok((seen, early.filter(|_| same)));
+    }
+    if plain.is_none() {
+        // Plaintext is not served, so whoever has not finished a ClientHello by then never will.
+        return match timeout(HANDSHAKE_LIMIT, sniffer.run(stream)).await {
+            Ok(run) => run.map(|()| (sniffer.finish(), None)).map_err(|_| Refusal::Gone),
+            Err(_) => Err(Refusal::Silent),
+        };
+    }
+    sniffer.run(stream).await.map_err(|_| Refusal::Gone)?;
+    Ok((sniffer.finish(), None))
 }
 
 fn chain_for<'a>(arrival: &'a Arrival, seen: &Sniffed) -> Option<&'a Arc<Chain>> {
@@ -211,7 +232,6 @@ fn chain_for<'a>(arrival: &'a Arrival, seen: &Sniffed) -> Option<&'a Arc<Chain>>
 
 /// Network filters in order; a chain that serves bytes and cannot be used ends here, after the handshake.
 fn check_filters(chain: &Chain, arrival: &Arrival, tls: Option<&Peer>, sni: Option<&str>) -> Result<(), Refusal> {
-    use crate::snapshot::Terminal;
     match (&chain.terminal, &chain.unusable) {
         (Terminal::Refuse(why), _) => return Err(Refusal::Unusable(why.to_string())),
         (Terminal::Tcp(_), Some(why)) => return Err(Refusal::Unusable(why.to_string())),
@@ -231,17 +251,19 @@ fn check_filters(chain: &Chain, arrival: &Arrival, tls: Option<&Peer>, sni: Opti
             return Err(Refusal::Unusable(format!("filter {name} is not supported")));
         }
     }
-    check_policy(chain, &attributes).map_err(Refusal::Denied)
+    check_policy(chain, &attributes, &arrival.env).map_err(Refusal::Denied)
 }
 
 /// Asks the policies of a chain; the details of the one that refuses.
-pub(super) fn check_policy(chain: &Chain, attributes: &Attributes<'_>) -> Result<(), String> {
+pub(super) fn check_policy(chain: &Chain, attributes: &Attributes<'_>, env: &Env) -> Result<(), String> {
     for filter in &chain.l4 {
         let Filter::Rbac(rbac) = filter else { continue };
         let verdict = rbac.check(attributes);
         if !verdict.allowed {
-            if let Some(denial) = rbac.why(attributes) {
-                tracing::debug!(peer = %attributes.direct_remote, "RBAC: connection denied: {denial}");
+            if let Some(denial) = rbac.why(attributes).filter(|_| env.denials.may()) {
+                let principal = attributes.peer.map_or("none (plaintext)", Peer::principal);
+                let (peer, destination) = (attributes.direct_remote, attributes.destination);
+                tracing::info!(%peer, principal, %destination, "RBAC: connection denied: {denial}");
             }
             return Err(verdict.details());
         }

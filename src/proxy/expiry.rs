@@ -1,4 +1,5 @@
-//! The end of a stream by time: its longest life, and silence. Made only where such a limit is configured.
+//! The end of a stream by time: its longest life, a request that does not arrive, silence. Made only where such a limit
+//! is configured.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -6,12 +7,24 @@ use std::time::Duration;
 
 use tokio::time::{Instant, Sleep, sleep_until};
 
-use super::ctx::Ctx;
 use crate::error::{Error, Kind};
+use crate::upstream::Progress;
 
-/// A running limit.
+/// Limits that run beside a stream; `None` is off.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Life {
+    /// On all of it.
+    pub(super) stream: Option<Duration>,
+    /// On the arrival of the whole request.
+    pub(super) request: Option<Duration>,
+    /// On silence.
+    pub(super) idle: Option<Duration>,
+}
+
+/// Running limits.
 pub(super) struct Expiry {
-    end: Option<Instant>,
+    stream: Option<Instant>,
+    request: Option<Instant>,
     idle: Option<Duration>,
     last: Instant,
     /// Request body bytes at `last`.
@@ -20,12 +33,16 @@ pub(super) struct Expiry {
 }
 
 impl Expiry {
-    /// Starts the clock; `None` without limits. `begun` is when the stream did.
-    pub(super) fn new(life: Option<Duration>, idle: Option<Duration>, begun: Instant) -> Option<Box<Self>> {
+    /// Starts the clock of a stream that began at `begun`; `None` without limits.
+    pub(super) fn new(life: Life, begun: Instant) -> Option<Box<Self>> {
+        if life.stream.is_none() && life.request.is_none() && life.idle.is_none() {
+            return None;
+        }
+        let (stream, request) = (life.stream.map(|limit| begun + limit), life.request.map(|limit| begun + limit));
         let last = Instant::now();
-        let end = life.map(|life| begun + life);
-        let next = [end, idle.map(|idle| last + idle)].into_iter().flatten().min()?;
-        Some(Box::new(Self { end, idle, last, received: 0, timer: Box::pin(sleep_until(next)) }))
+        // The first poll finds out when there is something to do.
+        let timer = Box::pin(sleep_until(last));
+        Some(Box::new(Self { stream, request, idle: life.idle, last, received: 0, timer }))
     }
 
     /// Something was sent.
@@ -36,29 +53,33 @@ impl Expiry {
     }
 
     /// Ready when the stream has to end, with the reason.
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>, ctx: &Ctx) -> Poll<Error> {
-        self.poll_with(cx, ctx.progress.as_ref().map_or(0, |p| p.bytes()))
-    }
-
-    /// The same for whoever has the count of request bytes.
-    pub(super) fn poll_with(&mut self, cx: &mut Context<'_>, received: u64) -> Poll<Error> {
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>, progress: Option<&Progress>) -> Poll<Error> {
+        let received = progress.map_or(0, Progress::bytes);
         if received != self.received {
             self.received = received;
             self.active();
         }
+        if progress.is_none_or(Progress::ended) {
+            self.request = None;
+        }
         loop {
             ready!(self.timer.as_mut().poll(cx));
             let now = Instant::now();
-            if self.end.is_some_and(|end| end <= now) {
-                return Poll::Ready(Error::local(Kind::MaxStreamDuration));
-            }
             let silent = self.idle.map(|idle| self.last + idle);
-            if silent.is_some_and(|silent| silent <= now) {
-                return Poll::Ready(Error::local(Kind::StreamIdle));
+            for (end, kind) in [
+                (self.stream, Kind::MaxStreamDuration),
+                (self.request, Kind::RequestTimeout),
+                (silent, Kind::StreamIdle),
+            ] {
+                if end.is_some_and(|end| end <= now) {
+                    return Poll::Ready(Error::local(kind));
+                }
             }
-            if let Some(next) = [self.end, silent].into_iter().flatten().min() {
-                self.timer.as_mut().reset(next);
-            }
+            // Nothing left to wait for: the request has arrived, and that was the only limit.
+            let Some(next) = [self.stream, self.request, silent].into_iter().flatten().min() else {
+                return Poll::Pending;
+            };
+            self.timer.as_mut().reset(next);
         }
     }
 }
@@ -69,22 +90,35 @@ mod tests {
 
     use super::*;
 
-    async fn end(expiry: &mut Expiry, received: u64) -> Kind {
-        poll_fn(|cx| expiry.poll_with(cx, received)).await.kind
+    async fn end(expiry: &mut Expiry) -> Kind {
+        poll_fn(|cx| expiry.poll(cx, None)).await.kind
     }
 
     #[tokio::test(start_paused = true)]
     async fn the_first_limit_decides() {
         let second = Duration::from_secs(1);
         let begun = Instant::now();
-        assert!(Expiry::new(None, None, begun).is_none());
-        let mut life = Expiry::new(Some(second), Some(second * 5), begun).unwrap();
-        assert_eq!((end(&mut life, 0).await, begun.elapsed()), (Kind::MaxStreamDuration, second));
+        assert!(Expiry::new(Life::default(), begun).is_none());
+        let life = Life { stream: Some(second), idle: Some(second * 5), request: None };
+        assert_eq!(
+            (end(&mut Expiry::new(life, begun).unwrap()).await, begun.elapsed()),
+            (Kind::MaxStreamDuration, second)
+        );
         let begun = Instant::now();
-        let mut idle = Expiry::new(Some(second * 9), Some(second), begun).unwrap();
+        let life = Life { stream: Some(second * 9), idle: Some(second), request: None };
+        let mut idle = Expiry::new(life, begun).unwrap();
         tokio::time::advance(second / 2).await;
         idle.active();
-        assert_eq!(end(&mut idle, 0).await, Kind::StreamIdle);
+        assert_eq!(end(&mut idle).await, Kind::StreamIdle);
         assert!(begun.elapsed() >= second * 3 / 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_request_that_stays_away_is_given_up() {
+        let life = Life { request: Some(Duration::from_secs(1)), ..Life::default() };
+        let mut expiry = Expiry::new(life, Instant::now()).unwrap();
+        let progress = Progress::default();
+        let error = poll_fn(|cx| expiry.poll(cx, Some(&progress))).await;
+        assert_eq!(error.kind, Kind::RequestTimeout);
     }
 }

@@ -12,6 +12,7 @@ use super::cors;
 use super::ctx::Ctx;
 use super::head::Head;
 use super::http::HttpConn;
+use super::jwt;
 use super::reply::Reply;
 use crate::error::{Flags, Kind};
 use crate::snapshot::action::Cors;
@@ -37,7 +38,7 @@ pub(super) struct Decision<'a> {
 }
 
 /// Runs the filters. `route` is the one that was found.
-pub(super) fn run<'a>(http: &'a HttpConn, head: &Head, route: Option<&'a Route>, ctx: &mut Ctx) -> Decision<'a> {
+pub(super) fn run<'a>(http: &'a HttpConn, head: &mut Head, route: Option<&'a Route>, ctx: &mut Ctx) -> Decision<'a> {
     let mut delay = None;
     let mut passed = Passed::default();
     for filter in &http.chain.filters {
@@ -67,7 +68,14 @@ pub(super) fn run<'a>(http: &'a HttpConn, head: &Head, route: Option<&'a Route>,
                 None
             }
             HttpFilter::Stats | HttpFilter::GrpcStats => None,
-            HttpFilter::JwtAuthn(_) => Some(unusable(http, "JWT authentication")),
+            HttpFilter::JwtAuthn(said) => match jwt::check(said, head) {
+                jwt::Outcome::Pass => None,
+                jwt::Outcome::Missing(reply) => {
+                    http.metrics.jwt_denied.inc();
+                    Some(reply)
+                }
+                jwt::Outcome::Token => Some(unusable(http, "JWT authentication does not verify tokens yet")),
+            },
             HttpFilter::GrpcWeb if !is_grpc_web(head) => None,
             HttpFilter::GrpcWeb => Some(unsupported(http, "gRPC-Web")),
             HttpFilter::Unsupported { name, security: true } => Some(unusable(http, name)),
@@ -164,7 +172,7 @@ pub(super) fn unsupported(http: &HttpConn, what: &str) -> Reply {
 pub(super) struct Throttle(AtomicU64);
 
 impl Throttle {
-    fn may(&self) -> bool {
+    pub(super) fn may(&self) -> bool {
         let second = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs();
         self.may_at(second)
     }

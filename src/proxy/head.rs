@@ -44,6 +44,8 @@ pub(super) enum Malformed {
     TransferEncoding,
     /// 400 `query_missing_content_type`.
     QueryContentType,
+    /// 400 `http1.unexpected_underscore`.
+    Underscore,
 }
 
 /// Where the connection stands in what a head may say.
@@ -61,6 +63,7 @@ impl Head {
     /// Takes a head apart. A refused one comes back as far as it was understood, for the log.
     pub(super) fn new(parts: Parts, accepts: Accepts<'_>) -> (Self, Result<(), Malformed>) {
         let uri = parts.uri.into_parts();
+        let has_path = uri.path_and_query.is_some();
         let mut headers = parts.headers;
         let hosts = headers.get_all(HOST).iter().count();
         let host = if hosts > 0 { headers.remove(HOST) } else { None };
@@ -76,7 +79,7 @@ impl Head {
             extensions: parts.extensions,
         };
         head.scheme = head.scheme_for(uri.scheme, accepts.tls);
-        let mut checked = head.check(hosts, has_host, accepts);
+        let mut checked = head.check(hosts, (has_host, has_path), accepts);
         if checked == Err(Malformed::NoHost) && head.version == Version::HTTP_10 {
             head.authority = accepts.default_host.clone();
             checked = Ok(());
@@ -97,7 +100,7 @@ impl Head {
         }
     }
 
-    fn check(&self, hosts: usize, has_host: bool, accepts: Accepts<'_>) -> Result<(), Malformed> {
+    fn check(&self, hosts: usize, (has_host, has_path): (bool, bool), accepts: Accepts<'_>) -> Result<(), Malformed> {
         let is_http2 = self.version == Version::HTTP_2;
         if self.version < Version::HTTP_11 && !accepts.http_10 {
             return Err(Malformed::Version);
@@ -114,7 +117,7 @@ impl Head {
             }
         }
         if self.method == Method::CONNECT {
-            return Err(Malformed::Connect);
+            return Err(if has_path { Malformed::Url } else { Malformed::Connect });
         }
         if self.path.as_str() == "*" {
             return Err(if self.method == Method::OPTIONS { Malformed::Asterisk } else { Malformed::Url });
@@ -254,6 +257,7 @@ pub(super) mod tests {
             ("GET", "*", &[("host", "a")], Err(Url)),
             ("OPTIONS", "*", &[("host", "a")], Err(Asterisk)),
             ("CONNECT", "a:443", &[("host", "a:443")], Err(Connect)),
+            ("CONNECT", "/x", &[("host", "a:443")], Err(Url)),
             ("QUERY", "/", &[("host", "a")], Err(QueryContentType)),
         ] {
             let (_, checked) = parse(method, uri, Version::HTTP_11, headers);

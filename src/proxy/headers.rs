@@ -8,10 +8,10 @@ use http::header::{
     TRANSFER_ENCODING, UPGRADE, USER_AGENT, VIA,
 };
 use http::{StatusCode, Version};
-use proxy_config::model::ServerHeader;
+use proxy_config::model::{ServerHeader, UnderscoreHeaders};
 use smallvec::SmallVec;
 
-use super::head::Head;
+use super::head::{Head, Malformed};
 use super::{request_id, xfcc};
 use crate::snapshot::HttpOptions;
 
@@ -82,10 +82,6 @@ pub(super) struct Arrived {
     pub(super) upgrade: Upgrade,
 }
 
-/// A `connection` header that names what may not be dropped: 400.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) struct BadConnection;
-
 /// Headers that are there, found in one pass, so that the many that are not cost nothing.
 #[derive(Default)]
 struct Seen(u32);
@@ -136,7 +132,10 @@ pub(super) fn on_request(
     options: &HttpOptions,
     from: Origin<'_>,
     random: impl FnOnce() -> u128,
-) -> Result<Arrived, BadConnection> {
+) -> Result<Arrived, Malformed> {
+    if options.headers_with_underscores != UnderscoreHeaders::Allow {
+        underscores(&mut head.headers, options.headers_with_underscores)?;
+    }
     let seen = Seen::of(&head.headers);
     let mut upgrade = Upgrade::No;
     if seen.any(Seen::CONNECTION | Seen::UPGRADE | Seen::TE | Seen::KEEP_ALIVE | Seen::PROXY_CONNECTION) {
@@ -198,14 +197,14 @@ fn tokens<'a>(headers: &'a HeaderMap, name: &HeaderName) -> impl Iterator<Item =
 }
 
 /// Removes what is meant for this hop only.
-fn hop_by_hop(headers: &mut HeaderMap, keep_upgrade: bool) -> Result<(), BadConnection> {
+fn hop_by_hop(headers: &mut HeaderMap, keep_upgrade: bool) -> Result<(), Malformed> {
     let mut named: SmallVec<[HeaderName; 4]> = SmallVec::new();
     for token in tokens(headers, &CONNECTION) {
         let Ok(name) = HeaderName::from_bytes(token) else { continue };
         match name.as_str() {
             // Dropping them would change where the request goes or how it is framed.
             "host" | "content-length" | "transfer-encoding" | "x-forwarded-for" | "x-forwarded-host"
-            | "x-forwarded-proto" | "cookie" | "authorization" => return Err(BadConnection),
+            | "x-forwarded-proto" | "cookie" | "authorization" => return Err(Malformed::Codec),
             "close" | "keep-alive" | "upgrade" | "te" => {}
             _ => named.push(name),
         }
@@ -251,6 +250,18 @@ fn join(headers: &mut HeaderMap, name: HeaderName, separator: &[u8]) {
     }
     let joined = HeaderValue::from_bytes(&all).expect("parts of header values, joined");
     headers.insert(name, joined);
+}
+
+/// Servers that turn `-` and `_` into one character could be told what policy never saw.
+fn underscores(headers: &mut HeaderMap, action: UnderscoreHeaders) -> Result<(), Malformed> {
+    let names: SmallVec<[HeaderName; 4]> = headers.keys().filter(|name| name.as_str().contains('_')).cloned().collect();
+    if !names.is_empty() && action == UnderscoreHeaders::RejectRequest {
+        return Err(Malformed::Underscore);
+    }
+    for name in names {
+        headers.remove(name);
+    }
+    Ok(())
 }
 
 fn remove_control(headers: &mut HeaderMap) {
@@ -312,5 +323,104 @@ pub(super) fn server(headers: &mut HeaderMap, options: &HttpOptions) {
             headers.entry(SERVER).or_insert_with(|| options.server_name.clone());
         }
         ServerHeader::PassThrough => {}
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::head::tests::head;
+    use super::*;
+
+    fn names(head: &Head) -> Vec<String> {
+        let mut all: Vec<_> = head
+            .headers
+            .iter()
+            .map(|(name, value)| format!("{name}: {}", String::from_utf8_lossy(value.as_bytes())))
+            .collect();
+        all.sort();
+        all
+    }
+
+    #[test]
+    fn what_is_for_this_hop_ends_here() {
+        for (sent, expected) in [
+            (&[("connection", "x-foo"), ("x-foo", "1")][..], Ok(&[][..])),
+            (&[("connection", "keep-alive, x-foo"), ("x-foo", "1"), ("keep-alive", "timeout=5")], Ok(&[])),
+            (&[("proxy-connection", "close"), ("te", "gzip")], Ok(&[])),
+            (&[("connection", "te"), ("te", "trailers, deflate")], Ok(&["te: trailers"])),
+            (&[("te", "trailers;q=1")], Ok(&[])),
+            (&[("connection", "host")], Err(Malformed::Codec)),
+            (&[("connection", "upgrade, http2-settings"), ("upgrade", "h2c"), ("http2-settings", "A")], Ok(&[])),
+        ] {
+            let mut head = head("GET", "/", sent);
+            let result = hop_by_hop(&mut head.headers, false).map(|()| names(&head));
+            assert_eq!(result, expected.map(|e| e.iter().map(|h| (*h).to_owned()).collect::<Vec<_>>()), "{sent:?}");
+        }
+    }
+
+    #[test]
+    fn upgrades() {
+        let allowed: [Box<str>; 1] = ["websocket".into()];
+        for (connection, upgrade, expected) in [
+            ("Upgrade", "WebSocket", Upgrade::Allowed),
+            ("keep-alive, upgrade", "websocket", Upgrade::Allowed),
+            ("keep-alive", "websocket", Upgrade::No),
+            ("upgrade", "h2c", Upgrade::No),
+            ("upgrade", "foo", Upgrade::Refused),
+        ] {
+            let head = head("GET", "/", &[("connection", connection), ("upgrade", upgrade)]);
+            assert_eq!(requested_upgrade(&head, &allowed), expected, "{connection} {upgrade}");
+        }
+    }
+
+    #[test]
+    fn clients_do_not_steer() {
+        let mut head = head(
+            "GET",
+            "/",
+            &[
+                ("x-envoy-internal", "true"),
+                ("x-envoy-retry-on", "5xx"),
+                ("x-envoy-force-trace", "1"),
+                ("x-envoy-original-path", "/o"),
+                ("x-envoy-attempt-count", "9"),
+                ("x-envoy-foo", "bar"),
+            ],
+        );
+        remove_control(&mut head.headers);
+        assert_eq!(names(&head), ["x-envoy-attempt-count: 9", "x-envoy-foo: bar", "x-envoy-original-path: /o"]);
+    }
+
+    #[test]
+    fn lists_become_one_line() {
+        let mut head = head(
+            "GET",
+            "/",
+            &[("accept", "a"), ("accept", "b"), ("x-a", "1"), ("x-a", "2"), ("cookie", "c=1"), ("cookie", "d=2")],
+        );
+        join_lines(&mut head.headers, Version::HTTP_2);
+        assert_eq!(names(&head), ["accept: a,b", "cookie: c=1; d=2", "x-a: 1", "x-a: 2"]);
+    }
+
+    #[test]
+    fn the_nearest_proxy_says_who_the_client_is() {
+        for (sent, expected) in [
+            (&["1.1.1.1, 2.2.2.2"][..], Some("2.2.2.2")),
+            (&["1.1.1.1", "3.3.3.3"], Some("3.3.3.3")),
+            (&["::1"], Some("::1")),
+            (&["1.1.1.1, unknown"], None),
+        ] {
+            let lines: Vec<_> = sent.iter().map(|value| ("x-forwarded-for", *value)).collect();
+            let head = head("GET", "/", &lines);
+            assert_eq!(last_forwarded(&head.headers), expected.map(|e| e.parse().unwrap()), "{sent:?}");
+        }
+    }
+
+    #[test]
+    fn underscores_are_dropped_or_refused() {
+        let mut head = head("GET", "/", &[("a_b", "1"), ("a-b", "2")]);
+        assert_eq!(underscores(&mut head.headers, UnderscoreHeaders::RejectRequest), Err(Malformed::Underscore));
+        assert_eq!(underscores(&mut head.headers, UnderscoreHeaders::DropHeader), Ok(()));
+        assert_eq!(names(&head), ["a-b: 2"]);
     }
 }

@@ -15,6 +15,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use super::conn::Conn;
 use super::head::Accepts;
 use super::headers::Origin;
+use super::quiet::Quiet;
 use super::{request, xfcc};
 use crate::drain::{Phase, Watch};
 use crate::error::{Flags, Kind};
@@ -145,7 +146,7 @@ impl Drop for HttpConn {
 /// Serves the connection to its end.
 pub(super) async fn serve(stream: Stream, conn: Arc<Conn>, chain: Arc<HttpChain>) {
     let http = HttpConn::new(conn, chain);
-    let Some((codec, stream)) = codec(stream, &http).await else { return };
+    let Some((codec, stream)) = Box::pin(codec(stream, &http)).await else { return };
     let service = {
         let http = Arc::clone(&http);
         service_fn(move |request| request::handle(Arc::clone(&http), request))
@@ -234,7 +235,7 @@ where
     let goodbye = tokio::select! {
         biased;
         ended = connection.as_mut() => return ended,
-        goodbye = until_goodbye(http, &mut drain) => goodbye,
+        goodbye = Quiet::new(until_goodbye(http, &mut drain)) => goodbye,
     };
     match goodbye {
         Goodbye::Leaving => http.metrics.cx_drain_close.inc(),

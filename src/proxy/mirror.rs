@@ -1,16 +1,20 @@
 //! Copies of requests for another cluster; nobody waits for their answers.
 
+use std::future::poll_fn;
+use std::pin::Pin;
+
 use http::HeaderValue;
+use http_body::Body as _;
 
 use super::head::Head;
 use super::headers;
 use super::http::HttpConn;
 use super::request::{copy_of, parts_of};
 use crate::snapshot::action::Forward;
-use crate::upstream::{self, Body, Call, Trace, View};
+use crate::upstream::{self, AnswerBody, Body, Call, Trace, View};
 
-/// Sends what the route mirrors and gives the body back for the request itself.
-pub(super) fn send(http: &HttpConn, view: &View, forward: &Forward, head: &Head, body: Body) -> Body {
+/// Sends what the route mirrors.
+pub(super) fn send(http: &HttpConn, view: &View, forward: &Forward, head: &Head, body: &Body) {
     for (cluster, mirror) in &forward.mirrors {
         if fastrand::u32(..1_000_000) >= mirror.millionths {
             continue;
@@ -24,7 +28,7 @@ pub(super) fn send(http: &HttpConn, view: &View, forward: &Forward, head: &Head,
         headers::append_forwarded_for(&mut copy.headers, http.conn.local.ip());
         let cluster = view.cluster(id).clone();
         let (scheme, version, timeout) = (copy.scheme.clone(), copy.version, forward.timeout);
-        let destination = http.conn.destination;
+        let (destination, body) = (http.conn.destination, body.copy());
         // Nothing of the request waits for it: it ends by its own limits, or with the worker.
         tokio::spawn(async move {
             let call = Call {
@@ -34,13 +38,18 @@ pub(super) fn send(http: &HttpConn, view: &View, forward: &Forward, head: &Head,
                 original_dst: Some(destination),
                 ..Call::new(&cluster)
             };
-            let sent = upstream::send(&call, parts_of(copy), Body::empty(), &mut Trace::default()).await;
-            if let Err(error) = sent {
-                tracing::debug!(cluster = %call.cluster.shared.name, %error, "mirrored request failed");
+            let sent = upstream::send(&call, parts_of(&mut copy), body, &mut Trace::default()).await;
+            match sent {
+                Ok(answer) => drain(answer.body).await,
+                Err(error) => tracing::debug!(cluster = %call.cluster.shared.name, %error, "mirrored request failed"),
             }
         });
     }
-    body
+}
+
+/// Reads an answer to its end, so that its connection can be used again.
+async fn drain(mut body: AnswerBody) {
+    while let Some(Ok(_)) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {}
 }
 
 /// The host with `-shadow`, in front of its port.

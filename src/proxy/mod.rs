@@ -20,13 +20,16 @@ mod hash;
 mod head;
 mod headers;
 mod http;
+mod jwt;
 mod limits;
 mod mirror;
 mod ops;
 mod path;
+mod quiet;
 mod reply;
 mod request;
 mod request_id;
+mod server_first;
 mod tcp;
 mod upgrade;
 mod vars;
@@ -158,9 +161,10 @@ pub async fn serve(
     env: Arc<Env>,
 ) {
     let arrival = conn::Arrival { peer, local, destination, listener, env };
-    let Some((stream, conn)) = conn::open(stream, arrival).await else { return };
+    // Apart, so that what a handshake needs is given back while the connection is served.
+    let Some((stream, conn, early)) = Box::pin(conn::open(stream, arrival)).await else { return };
     match &conn.chain.terminal {
-        Terminal::Tcp(chain) => tcp::serve(stream, &conn, chain).await,
+        Terminal::Tcp(chain) => tcp::serve(stream, &conn, chain, early).await,
         Terminal::Http(chain) => {
             let chain = Arc::clone(chain);
             http::serve(stream, conn, chain).await;

@@ -81,6 +81,7 @@ impl Reply {
         };
         match why {
             Malformed::Codec => codec(400, "http1.codec_error", "Bad Request"),
+            Malformed::Underscore => codec(400, "http1.unexpected_underscore", "Bad Request"),
             Malformed::Url => codec(400, "http1.invalid_url", "Bad Request"),
             Malformed::Authority => codec(400, "http.invalid_authority", "Bad Request"),
             Malformed::Version => codec(426, "low_version", "Upgrade Required"),

@@ -6,18 +6,19 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use http::header::{CONNECTION, HOST, HeaderMap, HeaderName, HeaderValue, LOCATION, SET_COOKIE};
-use http::{Request, Response, StatusCode, Version};
+use http::header::{CONNECTION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, LOCATION, SET_COOKIE};
+use http::{Method, Request, Response, StatusCode, Version};
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
+use proxy_config::model::UpstreamProtocol;
 use tokio::time::sleep;
 
 use super::body::Body;
 use super::ctx::Ctx;
-use super::expiry::Expiry;
+use super::expiry::{Expiry, Life};
 use super::filters::{self, Passed};
 use super::hash;
-use super::head::Head;
+use super::head::{Head, Malformed};
 use super::headers::{self, Upgrade};
 use super::http::HttpConn;
 use super::limits::Limits;
@@ -38,12 +39,12 @@ const PEER_METADATA_ID: HeaderName = HeaderName::from_static("x-envoy-peer-metad
 pub(super) async fn handle(http: Arc<HttpConn>, request: Request<Incoming>) -> Result<Response<Body>, Error> {
     let (parts, incoming) = request.into_parts();
     let body = upstream::Body::from_client(incoming);
-    let (head, checked) = Head::new(parts, http.accepts());
+    let (mut head, checked) = Head::new(parts, http.accepts());
     let mut ctx = Ctx::begin(&http, &head, body.progress().cloned());
     let decorator = None;
     let mut script = Script { http: &http, ctx: &mut ctx, decorator };
     let outcome = match checked {
-        Ok(()) => script.run(head, body).await,
+        Ok(()) => script.run(&mut head, body).await,
         Err(why) => Err(Box::new(Reply::of_malformed(why))),
     };
     let decorator = script.decorator;
@@ -79,12 +80,12 @@ struct Target<'a> {
 }
 
 impl Script<'_> {
-    async fn run(&mut self, mut head: Head, body: upstream::Body) -> Result<Answered, Box<Reply>> {
+    async fn run(&mut self, head: &mut Head, body: upstream::Body) -> Result<Answered, Box<Reply>> {
         let options = &self.http.chain.options;
-        normalise(&mut head, self.http)?;
-        let arrived = headers::on_request(&mut head, options, self.http.origin(), || fastrand::u128(..))
-            .map_err(|_| Box::new(Reply::of_malformed(super::head::Malformed::Codec)))?;
-        self.ctx.arrived(&head, arrived.remote);
+        normalise(head, self.http)?;
+        let arrived = headers::on_request(head, options, self.http.origin(), || fastrand::u128(..))
+            .map_err(|why| Box::new(Reply::of_malformed(why)))?;
+        self.ctx.arrived(head, arrived.remote);
         if arrived.upgrade == Upgrade::Refused {
             return Err(Box::new(Reply { close: true, ..Reply::new(403, "upgrade_failed", "") }));
         }
@@ -95,9 +96,9 @@ impl Script<'_> {
         let table = view.snap.route_table(&self.http.chain);
         let found = table.and_then(|table| route::find(table, &head.view(), fastrand::u64(..)).ok());
         if let Some(found) = &found {
-            self.note_route(found, &mut head);
+            self.note_route(found, head);
         }
-        let decision = filters::run(self.http, &head, found.as_ref().map(|f| f.route), self.ctx);
+        let decision = filters::run(self.http, head, found.as_ref().map(|f| f.route), self.ctx);
         if let Some(delay) = decision.delay {
             Box::pin(sleep(delay)).await;
         }
@@ -106,7 +107,7 @@ impl Script<'_> {
             self.http.metrics.no_route.inc();
             return Err(Box::new(Reply::of(Kind::NoRoute)));
         };
-        let Some(forward) = self.answer_or_forward(&found, &head)? else {
+        let Some(forward) = self.answer_or_forward(&found, head)? else {
             return Err(Box::new(Reply::of(Kind::Internal)));
         };
         let cluster = self.cluster(&found, forward, &view)?;
@@ -183,7 +184,7 @@ impl Script<'_> {
 
     async fn forward(
         &mut self,
-        mut head: Head,
+        head: &mut Head,
         body: upstream::Body,
         target: Target<'_>,
         passed: Passed<'_>,
@@ -191,14 +192,15 @@ impl Script<'_> {
     ) -> Result<Answered, Box<Reply>> {
         let options = &self.http.chain.options;
         let limits = Limits::new(target.forward, options, &head.headers, self.ctx.grpc);
-        let hashed = hash::of(&target.forward.hash, &head, self.ctx.remote, || fastrand::u64(..));
-        let exchanged = passed.exchange && self.exchange_request(&mut head, target.cluster);
-        self.rewrite(&mut head, target, limits)?;
-        self.ctx.sent_upstream(&head);
+        let hashed = hash::of(&target.forward.hash, head, self.ctx.remote, || fastrand::u64(..));
+        let exchanged = passed.exchange && self.exchange_request(head, target.cluster);
+        self.rewrite(head, target, limits)?;
+        self.ctx.sent_upstream(head);
         let keeps_head = asks_for_request(target.found);
-        let kept = keeps_head.then(|| copy_of(&head));
+        let kept = keeps_head.then(|| Box::new(copy_of(head)));
         let body = if upgrade { upstream::Body::empty() } else { body };
-        let body = mirror::send(self.http, target.view, target.forward, &head, body);
+        mirror::send(self.http, target.view, target.forward, head, &body);
+        tell_no_body(head, &body, target.cluster);
         let client = if upgrade { head.extensions.remove::<OnUpgrade>() } else { None };
         let call = Call {
             retry: target.forward.retry.as_ref(),
@@ -212,7 +214,8 @@ impl Script<'_> {
             client: Some((self.http.conn.peer, self.http.conn.destination)),
             ..Call::new(target.cluster)
         };
-        let expiry = Expiry::new(limits.stream, limits.idle, self.ctx.start);
+        let request = options.request_timeout.filter(|_| self.ctx.request_unfinished());
+        let expiry = Expiry::new(Life { stream: limits.stream, request, idle: limits.idle }, self.ctx.start);
         let (answer, expiry) = self.send(call, head, body, expiry).await?;
         let mut response = answer.head;
         if upgrade && response.status == StatusCode::OK {
@@ -234,13 +237,16 @@ impl Script<'_> {
         if let Some((cors, origin)) = passed.cors {
             super::cors::on_response(cors, origin, &mut response.headers);
         }
-        self.response_ops(target.found, &mut response, kept.as_ref());
+        self.response_ops(target.found, &mut response, kept.as_deref());
         if let Some(cookie) = hashed.set_cookie {
             response.headers.append(SET_COOKIE, cookie);
         }
         let switch = match (upgraded, client, answer.upgrade) {
             (true, Some(client), Some(upstream)) => Some((client, upstream, limits.idle)),
-            (true, ..) => return Err(Box::new(Reply::of_upstream(Kind::UpstreamProtocol, "", false, false))),
+            (true, ..) => {
+                let kind = Kind::UpstreamProtocol;
+                return Err(Box::new(Reply::of_upstream(kind, kind.row().details, false, false)));
+            }
             _ => None,
         };
         Ok(Answered { head: response, body: answer.body, expiry, switch })
@@ -281,14 +287,12 @@ impl Script<'_> {
     async fn send(
         &mut self,
         call: Call<'_>,
-        head: Head,
+        head: &mut Head,
         body: upstream::Body,
         mut expiry: Option<Box<Expiry>>,
     ) -> Result<(upstream::Answer, Option<Box<Expiry>>), Box<Reply>> {
-        let host = head.authority.clone();
-        let host = host.to_str().unwrap_or_default();
-        let call = Call { host: Some(without_port(host)), ..call };
         let parts = parts_of(head);
+        let call = Call { host: Some(without_port(head.authority())), ..call };
         let sent = match &mut expiry {
             None => upstream::send(&call, parts, body, &mut self.ctx.trace).await,
             Some(expiry) => {
@@ -298,7 +302,7 @@ impl Script<'_> {
                     if let Poll::Ready(sent) = send.as_mut().poll(cx) {
                         return Poll::Ready(sent);
                     }
-                    expiry.poll_with(cx, progress.as_ref().map_or(0, |p| p.bytes())).map(Err)
+                    expiry.poll(cx, progress.as_deref()).map(Err)
                 })
                 .await
             }
@@ -313,6 +317,10 @@ impl Script<'_> {
     }
 
     fn failure(&self, error: &Error) -> Reply {
+        if self.ctx.progress.as_ref().is_some_and(|progress| progress.failed()) {
+            // The upstream is not to blame for a body that broke on the client's side.
+            return Reply::of_malformed(Malformed::Codec);
+        }
         tracing::debug!(cluster = self.ctx.cluster_name(), %error, "upstream request failed");
         let retried = self.ctx.trace.attempts > 1;
         let suppress = self.http.chain.options.suppress_envoy_headers;
@@ -411,6 +419,20 @@ fn normalise(head: &mut Head, http: &HttpConn) -> Result<(), Box<Reply>> {
     }
 }
 
+/// An HTTP/1 application is told that a request has no body, unless its method says so. (The codec does it for the
+/// usual methods.)
+fn tell_no_body(head: &mut Head, body: &upstream::Body, cluster: &ClusterLocal) {
+    let to_http2 = match cluster.shared.config.http.protocol {
+        UpstreamProtocol::Http1 => false,
+        UpstreamProtocol::Http2 => true,
+        UpstreamProtocol::Downstream => head.version == Version::HTTP_2,
+    };
+    let is_bodiless = matches!(head.method, Method::GET | Method::HEAD | Method::DELETE | Method::TRACE);
+    if !to_http2 && !is_bodiless && http_body::Body::is_end_stream(body) {
+        head.headers.entry(CONTENT_LENGTH).or_insert(HeaderValue::from_static("0"));
+    }
+}
+
 fn without_port(host: &str) -> &str {
     match host.rfind(':') {
         Some(at) if !host[at..].contains(']') => &host[..at],
@@ -437,14 +459,14 @@ pub(super) fn copy_of(head: &Head) -> Head {
     }
 }
 
-/// The head for the upstream: origin form with a `host` header, which it turns into what its version needs.
-pub(super) fn parts_of(head: Head) -> http::request::Parts {
+/// The head for the upstream, which takes the headers: origin form with a `host` header, which it turns into what its version needs.
+pub(super) fn parts_of(head: &mut Head) -> http::request::Parts {
     let (mut parts, ()) = Request::new(()).into_parts();
-    parts.method = head.method;
-    parts.uri = head.path.into();
-    parts.headers = head.headers;
-    parts.headers.insert(HOST, head.authority);
-    parts.extensions = head.extensions;
+    parts.method = head.method.clone();
+    parts.uri = head.path.clone().into();
+    parts.headers = std::mem::take(&mut head.headers);
+    parts.headers.insert(HOST, head.authority.clone());
+    parts.extensions = std::mem::take(&mut head.extensions);
     parts
 }
 
@@ -477,6 +499,10 @@ fn write_reply(mut reply: Reply, mut ctx: Box<Ctx>, decorator: Option<HeaderValu
     ctx.flags.insert(reply.flags);
     ctx.details = std::mem::take(&mut reply.details);
     let is_codec_error = reply.flags.contains(Flags::DPE);
+    if is_codec_error {
+        // How the upstream saw it end says nothing new.
+        ctx.trace.flags = Flags::NONE;
+    }
     ctx.sent = if ctx.grpc && !reply.plain { 0 } else { reply.body.len() as u64 };
     let mut response = reply.write(ctx.grpc);
     finish_headers(response.headers_mut(), &ctx, decorator.filter(|_| !is_codec_error));

@@ -4,27 +4,34 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crossbeam_utils::CachePadded;
 use proxy_config::model::TransportProtocol;
 use tokio::time::sleep;
 
 use super::conn::{Conn, check_policy};
 use super::ctx::{local_principal, peer_principal, service};
+use super::quiet::Quiet;
+use super::server_first::Early;
 use crate::drain::Phase;
 use crate::error::{Error, Flags, Kind};
 use crate::net::{Stream, copy};
 use crate::snapshot::{ChainInput, TcpChain};
-use crate::telemetry::{Labels, Protocol, RecordKind, TcpReport};
+use crate::telemetry::{Labels, Protocol, RecordKind, TcpMetrics, TcpReport};
 use crate::upstream::{self, ClusterLocal, TcpCall, TcpUpstream, Trace, View};
 
 /// Tries until an upstream connection stands, as Envoy's default.
 const CONNECT_ATTEMPTS: u32 = 1;
 
-/// Relays a connection to its end.
-pub(super) async fn serve(mut client: Stream, conn: &Arc<Conn>, chain: &TcpChain) {
+/// Relays a connection to its end. `early`: its upstream connection stands already.
+pub(super) async fn serve(mut client: Stream, conn: &Arc<Conn>, chain: &TcpChain, early: Option<Early>) {
     let mut account = Account::open(conn, chain);
-    let upstream = {
-        let view = conn.env.view();
-        connect(&view, conn, chain, &mut account).await
+    let upstream = match early {
+        Some(Early { upstream, cluster, trace }) => {
+            account.trace = trace;
+            account.cluster = Some(cluster);
+            Ok(upstream)
+        }
+        None => Box::pin(account.connect()).await,
     };
     let mut upstream = match upstream {
         Ok(upstream) => upstream,
@@ -36,12 +43,10 @@ pub(super) async fn serve(mut client: Stream, conn: &Arc<Conn>, chain: &TcpChain
     };
     account.connected(&upstream);
     let relay = copy::both(&mut client, &mut upstream.stream, &account.counters, chain.idle_timeout);
-    let mut drain = conn.env.drain.clone();
     let outcome = tokio::select! {
+        biased;
         end = relay => Outcome::Ended(end),
-        () = limit(chain.max_duration) => Outcome::TooOld,
-        () = drain.reached(Phase::Gone) => Outcome::Left,
-        details = denied(conn) => Outcome::Denied(details),
+        outcome = Quiet::new(until_over(conn, chain)) => outcome,
     };
     account.ended(outcome);
 }
@@ -54,19 +59,38 @@ enum Outcome {
     Denied(String),
 }
 
-async fn connect(view: &View, conn: &Conn, chain: &TcpChain, account: &mut Account<'_>) -> Result<TcpUpstream, Error> {
-    let cluster = chain.clusters.pick(fastrand::u64(..)).ok_or_else(|| Error::local(Kind::NoCluster))?;
-    let id = view.snap.resolve(cluster).ok_or_else(|| Error::local(Kind::NoCluster))?;
+/// Opens the upstream connection of a client.
+pub(super) async fn dial(
+    view: &View,
+    chain: &TcpChain,
+    (peer, destination): (SocketAddr, SocketAddr),
+    trace: &mut Trace,
+) -> Result<(TcpUpstream, Arc<ClusterLocal>), (Error, Option<Arc<ClusterLocal>>)> {
+    let nowhere = || (Error::local(Kind::NoCluster), None);
+    let cluster = chain.clusters.pick(fastrand::u64(..)).ok_or_else(nowhere)?;
+    let id = view.snap.resolve(cluster).ok_or_else(nowhere)?;
     let cluster = view.cluster(id);
-    account.cluster = Some(Arc::clone(cluster));
     let call = TcpCall {
         cluster,
         max_connect_attempts: CONNECT_ATTEMPTS,
-        hash: chain.hash_source_ip.then(|| upstream::xx_hash(conn.peer.ip().to_string().as_bytes())),
-        original_dst: Some(conn.destination),
-        client: Some((conn.peer, conn.destination)),
+        hash: chain.hash_source_ip.then(|| upstream::xx_hash(peer.ip().to_string().as_bytes())),
+        original_dst: Some(destination),
+        client: Some((peer, destination)),
     };
-    upstream::connect_tcp(&call, &mut account.trace).await
+    match upstream::connect_tcp(&call, trace).await {
+        Ok(upstream) => Ok((upstream, Arc::clone(cluster))),
+        Err(error) => Err((error, Some(Arc::clone(cluster)))),
+    }
+}
+
+/// Waits for a reason to end a connection that goes on.
+async fn until_over(conn: &Conn, chain: &TcpChain) -> Outcome {
+    let mut drain = conn.env.drain.clone();
+    tokio::select! {
+        () = limit(chain.max_duration) => Outcome::TooOld,
+        () = drain.reached(Phase::Gone) => Outcome::Left,
+        details = denied(conn) => Outcome::Denied(details),
+    }
 }
 
 async fn limit(duration: Option<Duration>) {
@@ -107,11 +131,12 @@ fn judge(view: &View, conn: &Conn) -> Option<String> {
     if Arc::ptr_eq(chain, &conn.chain) {
         return None;
     }
-    check_policy(chain, &conn.attributes()).err()
+    check_policy(chain, &conn.attributes(), &conn.env).err()
 }
 
 /// What a connection counts and logs, settled when it is dropped.
 struct Account<'a> {
+    metrics: Arc<CachePadded<TcpMetrics>>,
     conn: &'a Conn,
     chain: &'a TcpChain,
     cluster: Option<Arc<ClusterLocal>>,
@@ -128,7 +153,9 @@ impl<'a> Account<'a> {
     fn open(conn: &'a Conn, chain: &'a TcpChain) -> Self {
         let metrics = conn.env.shard().tcp(&chain.stat_prefix);
         metrics.cx_total.inc();
+        metrics.cx_active.inc();
         Self {
+            metrics,
             conn,
             chain,
             cluster: None,
@@ -142,6 +169,21 @@ impl<'a> Account<'a> {
         }
     }
 
+    async fn connect(&mut self) -> Result<TcpUpstream, Error> {
+        let view = self.conn.env.view();
+        let ends = (self.conn.peer, self.conn.destination);
+        match dial(&view, self.chain, ends, &mut self.trace).await {
+            Ok((upstream, cluster)) => {
+                self.cluster = Some(cluster);
+                Ok(upstream)
+            }
+            Err((error, cluster)) => {
+                self.cluster = cluster;
+                Err(error)
+            }
+        }
+    }
+
     fn connected(&mut self, upstream: &TcpUpstream) {
         self.upstream_host = Some(upstream.host.address);
         self.report = Some(self.conn.env.shard().open_tcp(&self.labels()));
@@ -150,6 +192,9 @@ impl<'a> Account<'a> {
     fn failed(&mut self, error: &Error) {
         tracing::debug!(peer = %self.conn.peer, %error, "upstream connection failed");
         self.flags.insert(error.kind.row().flag);
+        if matches!(error.kind, Kind::NoCluster) {
+            self.metrics.cx_no_route.inc();
+        }
         if self.report.is_none() {
             // A refused connection is one that was opened and closed.
             self.report = Some(self.conn.env.shard().open_tcp(&self.labels()));
@@ -161,10 +206,14 @@ impl<'a> Account<'a> {
         self.settled = true;
         match outcome {
             Outcome::Denied(details) => self.details = details,
-            Outcome::TooOld => self.flags.insert(Flags::DT),
+            Outcome::TooOld => {
+                self.metrics.max_duration.inc();
+                self.flags.insert(Flags::DT);
+            }
             Outcome::Ended(copy::End::Upstream(_)) => self.flags.insert(Flags::UC),
             Outcome::Ended(copy::End::Client(_)) => self.flags.insert(Flags::DC),
-            Outcome::Ended(copy::End::Idle | copy::End::Done) | Outcome::Left => {}
+            Outcome::Ended(copy::End::Idle) => self.metrics.idle_timeout.inc(),
+            Outcome::Ended(copy::End::Done(_)) | Outcome::Left => {}
         }
     }
 
@@ -200,6 +249,9 @@ impl Drop for Account<'_> {
         if let Some(report) = self.report.take() {
             report.bytes(sent, received);
         }
+        self.metrics.cx_active.dec();
+        self.metrics.cx_rx_bytes.add(received);
+        self.metrics.cx_tx_bytes.add(sent);
         let Some(sink) = self.conn.env.log().filter(|sink| sink.wants(&self.chain.access_log)) else { return };
         let mut record = self.conn.record(RecordKind::Tcp, self.conn.started, self.conn.start.elapsed());
         record.flags = self.flags;

@@ -4,6 +4,11 @@ use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::time::Duration;
 
+use ::http::Request;
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::client::conn::http2::SendRequest;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use proxy_config::Model;
 use proxy_config::model::{
     self, Address, ChainMatch, CircuitBreakers, Cluster, ClusterKind, Direction, Endpoint, Endpoints, FilterChain,
@@ -213,7 +218,10 @@ struct Mesh {
 
 impl Mesh {
     fn new(filters: Vec<NetworkFilter>, clusters: Vec<Cluster>) -> Self {
-        let snapshot = Self::compile(filters, clusters);
+        Self::serving(Self::compile(filters, clusters))
+    }
+
+    fn serving(snapshot: snapshot::Snapshot) -> Self {
         let listener = Arc::clone(&snapshot.listeners()[0]);
         let (drain, watch) = Drain::new();
         let env = Env::new(Settings {
@@ -225,7 +233,21 @@ impl Mesh {
         Self { env: Arc::new(env), listener, drain }
     }
 
+    /// With a listener that tells HTTP from other bytes.
+    fn sniffing(filters: Vec<NetworkFilter>, clusters: Vec<Cluster>) -> Self {
+        let inspect = model::ListenerFilter { kind: model::ListenerFilterKind::HttpInspector, disabled: None };
+        Self::serving(Self::compile_with(filters, clusters, vec![inspect]))
+    }
+
     fn compile(filters: Vec<NetworkFilter>, clusters: Vec<Cluster>) -> snapshot::Snapshot {
+        Self::compile_with(filters, clusters, Vec::new())
+    }
+
+    fn compile_with(
+        filters: Vec<NetworkFilter>,
+        clusters: Vec<Cluster>,
+        listener_filters: Vec<model::ListenerFilter>,
+    ) -> snapshot::Snapshot {
         let mut model = Model::default();
         for cluster in clusters {
             model.clusters.insert(Arc::clone(&cluster.name), Arc::new(cluster));
@@ -239,7 +261,7 @@ impl Mesh {
             bind_to_port: true,
             use_original_dst: false,
             transparent: false,
-            listener_filters: Vec::new(),
+            listener_filters,
             listener_filters_timeout: None,
             continue_on_listener_filters_timeout: true,
             filter_chains: vec![chain],
@@ -528,4 +550,102 @@ async fn the_last_request_of_a_connection_closes_it() {
     assert!(!client.get("/", "ok\n").await.contains("connection: close"));
     client.send("GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
     assert!(client.rest().await.contains("connection: close\r\n"));
+}
+
+async fn http2(mesh: &Mesh) -> SendRequest<Full<Bytes>> {
+    let io = TokioIo::new(mesh.connect().stream);
+    let (sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), io).await.unwrap();
+    tokio::spawn(connection);
+    sender
+}
+
+fn post(path: &str, kind: &str) -> Request<Full<Bytes>> {
+    let request = Request::post(format!("http://a{path}")).header("content-type", kind);
+    request.body(Full::new(Bytes::from_static(b"abc"))).unwrap()
+}
+
+#[tokio::test]
+async fn http2_streams_share_a_connection() {
+    let app = App::start(OK, false).await;
+    let mesh = Mesh::http(&app, vec![forward("/")], Vec::new());
+    let mut sender = http2(&mesh).await;
+    let (one, two) = tokio::join!(sender.clone().send_request(post("/1", "a")), sender.send_request(post("/2", "a")));
+    for response in [one.unwrap(), two.unwrap()] {
+        assert_eq!((response.status().as_u16(), &response.headers()["x-app"]), (200, &"1".parse().unwrap()));
+        assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "ok\n");
+    }
+    let heads = app.heads();
+    assert!(
+        heads.iter().all(|head| head.contains("content-length: 3\r\n") && head.contains("host: a\r\n")),
+        "{heads:?}"
+    );
+}
+
+#[tokio::test]
+async fn grpc_clients_get_trailers_only() {
+    let app = App::start(OK, false).await;
+    let mesh = Mesh::http(&app, vec![forward("/")], vec![HttpFilter::Rbac(allow_only("/api"))]);
+    let mut sender = http2(&mesh).await;
+    let response = sender.send_request(post("/x", "application/grpc")).await.unwrap();
+    let header = |name: &str| response.headers().get(name).map(|value| value.to_str().unwrap());
+    assert_eq!((response.status().as_u16(), header("grpc-status")), (200, Some("7")));
+    assert_eq!((header("grpc-message"), header("content-length")), (Some("RBAC: access denied"), None));
+    let text = sender.send_request(post("/x", "a")).await.unwrap();
+    assert_eq!(text.status(), 403);
+    assert!(!text.headers().contains_key("connection"));
+}
+
+#[tokio::test]
+async fn a_server_that_speaks_first_is_heard() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        let (mut socket, _) = listener.accept().await.unwrap();
+        socket.write_all(b"220 hello\r\n").await.unwrap();
+        let mut rest = Vec::new();
+        socket.read_to_end(&mut rest).await.unwrap();
+    });
+    let clusters = vec![cluster("app", address, UpstreamProtocol::Http1)];
+    let mesh = Mesh::sniffing(vec![tcp_proxy()], clusters);
+    let mut client = mesh.connect();
+    assert_eq!(client.until("\n").await, "220 hello\r\n");
+}
+
+#[tokio::test]
+async fn mirrors_get_the_body_too() {
+    let (app, shadow) = (App::start(OK, false).await, App::start(OK, false).await);
+    let mirror = model::Mirror { cluster: "shadow".into(), millionths: 1_000_000, shadow_suffix: true };
+    let action = RouteAction::Forward(Box::new(Forward { mirrors: vec![mirror], ..to("app") }));
+    let manager = manager(vec![route("/", action)], Vec::new());
+    let clusters = vec![
+        cluster("app", app.address, UpstreamProtocol::Http1),
+        cluster("shadow", shadow.address, UpstreamProtocol::Http1),
+    ];
+    let mesh = Mesh::new(vec![NetworkFilter::Http(Box::new(manager))], clusters);
+    let mut client = mesh.connect();
+    client.send("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 3\r\n\r\nabc").await;
+    client.until("ok\n").await;
+    let seen = async {
+        while shadow.heads().is_empty() {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(LIMIT, seen).await.expect("the copy arrives");
+    let head = shadow.heads().remove(0);
+    assert!(head.contains("host: a-shadow\r\n") && head.contains("content-length: 3\r\n"), "{head}");
+    assert!(head.contains("x-envoy-internal: true\r\n") && head.contains("x-forwarded-for: 10.0.0.1\r\n"), "{head}");
+}
+
+/// Sizes that many connections and requests are multiplied with.
+#[test]
+fn futures_stay_small() {
+    fn of_request<A, B, F>(_: impl Fn(A, B) -> F) -> usize {
+        size_of::<F>()
+    }
+    fn of_connection<A, B, C, D, E, G, F>(_: impl Fn(A, B, C, D, E, G) -> F) -> usize {
+        size_of::<F>()
+    }
+    let (request, connection) = (of_request(request::handle), of_connection(serve));
+    assert!(request <= 6 * 1024, "{request}");
+    assert!(connection <= 2 * 1024, "{connection}");
 }

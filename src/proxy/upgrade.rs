@@ -9,7 +9,7 @@ use hyper_util::rt::TokioIo;
 use super::ctx::Ctx;
 use crate::drain::Phase;
 use crate::error::Flags;
-use crate::net::copy::{self, End};
+use crate::net::copy::{self, End, First};
 use crate::upstream::AnswerBody;
 
 /// Both sides of a switch.
@@ -47,12 +47,12 @@ async fn relay(ctx: &mut Ctx, switch: Switch) {
             ctx.details = Cow::Borrowed("stream_idle_timeout");
             ctx.complete();
         }
-        End::Upstream(_) => {
+        End::Upstream(_) | End::Done(First::Upstream) => {
             ctx.flags.insert(Flags::UC);
             ctx.details = Cow::Borrowed("upstream_reset_after_response_started{connection_termination}");
             ctx.complete();
         }
-        End::Done | End::Client(_) => {}
+        End::Done(First::Client) | End::Client(_) => {}
     }
     drop(switch.place);
 }

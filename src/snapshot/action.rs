@@ -318,7 +318,8 @@ impl Redirect {
         };
         let host = self.host(request, scheme);
         let path = self.path(request.path, matched);
-        format!("{scheme}://{host}{path}")
+        let slash = if path.starts_with('/') { "" } else { "/" };
+        format!("{scheme}://{host}{slash}{path}")
     }
 
     /// The host with the port that remains. A port that was the old scheme's default goes when the scheme changes.

@@ -12,6 +12,8 @@ use http::HeaderMap;
 use http_body::{Body as _, Frame, SizeHint};
 use hyper::body::Incoming;
 
+use super::body_copy::{BodyCopy, Copies};
+
 /// How far a request body has come; shared with whoever asks.
 #[derive(Debug, Default)]
 pub struct Progress {
@@ -19,6 +21,7 @@ pub struct Progress {
     ended: AtomicBool,
     failed: AtomicBool,
     waker: AtomicWaker,
+    copies: std::sync::OnceLock<Copies>,
 }
 
 impl Progress {
@@ -43,6 +46,10 @@ impl Progress {
     }
 
     fn note(&self, polled: &Option<Result<Frame<Bytes>, hyper::Error>>, last: bool) {
+        if let Some(copies) = self.copies.get() {
+            let data = polled.as_ref().and_then(|frame| frame.as_ref().ok()).and_then(Frame::data_ref);
+            copies.note(data, last);
+        }
         match polled {
             Some(Ok(frame)) => {
                 if let Some(data) = frame.data_ref() {
@@ -72,6 +79,7 @@ enum Source {
     Full(Bytes),
     Client(Incoming),
     Replay(Replay),
+    Copy(BodyCopy),
 }
 
 /// Why a body stops before its end.
@@ -81,6 +89,8 @@ pub enum BodyError {
     Client(hyper::Error),
     /// A later try has taken the body over.
     TakenOver,
+    /// The body that this is a copy of ended early, or was faster.
+    BrokenOff,
 }
 
 impl fmt::Display for BodyError {
@@ -88,6 +98,7 @@ impl fmt::Display for BodyError {
         match self {
             Self::Client(e) => write!(f, "request body: {e}"),
             Self::TakenOver => f.write_str("the request is sent again elsewhere"),
+            Self::BrokenOff => f.write_str("the mirrored request ended early, or was faster"),
         }
     }
 }
@@ -116,6 +127,18 @@ impl Body {
         Self { source: Source::Client(incoming), progress: Some(Arc::default()) }
     }
 
+    /// A second body that says the same, frame by frame as the first one is read, and never holds it up.
+    pub fn copy(&self) -> Self {
+        match (&self.source, &self.progress) {
+            (Source::Full(bytes), _) => Self::full(bytes.clone()),
+            (Source::Client(incoming), Some(progress)) => {
+                let copy = progress.copies.get_or_init(Copies::default).add(incoming.size_hint());
+                Self { source: Source::Copy(copy), progress: None }
+            }
+            _ => Self::empty(),
+        }
+    }
+
     /// The count of a streamed body; `None` when it is known from the start.
     pub fn progress(&self) -> Option<&Arc<Progress>> {
         self.progress.as_ref()
@@ -130,7 +153,7 @@ impl Body {
                 let kept = Kept { source, limit, frames: Vec::new(), bytes: 0, ended: false, lost: false, turn: 0 };
                 Repeat::Kept(Arc::new(Mutex::new(kept)), self.progress)
             }
-            (source @ (Source::Client(_) | Source::Replay(_)), _) => {
+            (source @ (Source::Client(_) | Source::Replay(_) | Source::Copy(_)), _) => {
                 Repeat::Once(Some(Self { source, progress: self.progress }))
             }
         }
@@ -158,6 +181,7 @@ impl http_body::Body for Body {
                 Poll::Ready(polled.map(|frame| frame.map_err(BodyError::Client)))
             }
             Source::Replay(replay) => replay.poll(this.progress.as_deref(), cx),
+            Source::Copy(copy) => copy.poll(cx),
         }
     }
 
@@ -167,6 +191,7 @@ impl http_body::Body for Body {
             Source::Full(_) => false,
             Source::Client(incoming) => incoming.is_end_stream(),
             Source::Replay(replay) => replay.is_end(),
+            Source::Copy(copy) => copy.is_end(),
         }
     }
 
@@ -176,6 +201,7 @@ impl http_body::Body for Body {
             Source::Full(bytes) => SizeHint::with_exact(bytes.len() as u64),
             Source::Client(incoming) => incoming.size_hint(),
             Source::Replay(replay) => replay.size_hint(),
+            Source::Copy(copy) => copy.size_hint(),
         }
     }
 }

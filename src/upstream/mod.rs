@@ -13,6 +13,7 @@
 
 mod answer;
 mod body;
+mod body_copy;
 mod breaker;
 mod conn;
 mod edf;
