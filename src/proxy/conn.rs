@@ -150,6 +150,9 @@ struct Established {
 }
 
 async fn establish(mut stream: Stream, arrival: &Arrival) -> Result<Established, Refusal> {
+    if arrival.listener.proxy_protocol {
+        return Err(Refusal::Unusable("the PROXY protocol of clients is not read yet".to_owned()));
+    }
     let (seen, early) = inspect(&mut stream, arrival).await.inspect_err(|_| stream.reset_on_drop())?;
     let chain = chain_for(arrival, &seen).ok_or(Refusal::NoChain).inspect_err(|_| stream.reset_on_drop())?;
     let chain = Arc::clone(chain);

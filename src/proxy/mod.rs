@@ -14,6 +14,7 @@ mod body;
 mod conn;
 mod cors;
 mod ctx;
+mod exchange;
 mod expiry;
 mod filters;
 mod hash;

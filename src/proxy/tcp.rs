@@ -10,12 +10,13 @@ use tokio::time::sleep;
 
 use super::conn::{Conn, check_policy};
 use super::ctx::{local_principal, peer_principal, service};
+use super::exchange::Exchanged;
 use super::quiet::Quiet;
 use super::server_first::Early;
 use crate::drain::Phase;
 use crate::error::{Error, Flags, Kind};
 use crate::net::{Stream, copy};
-use crate::snapshot::{ChainInput, TcpChain};
+use crate::snapshot::{ChainInput, Filter, TcpChain};
 use crate::telemetry::{Labels, Protocol, RecordKind, TcpMetrics, TcpReport};
 use crate::upstream::{self, ClusterLocal, TcpCall, TcpUpstream, Trace, View};
 
@@ -23,7 +24,7 @@ use crate::upstream::{self, ClusterLocal, TcpCall, TcpUpstream, Trace, View};
 const CONNECT_ATTEMPTS: u32 = 1;
 
 /// Relays a connection to its end. `early`: its upstream connection stands already.
-pub(super) async fn serve(mut client: Stream, conn: &Arc<Conn>, chain: &TcpChain, early: Option<Early>) {
+pub(super) async fn serve(client: Stream, conn: &Arc<Conn>, chain: &TcpChain, early: Option<Early>) {
     let mut account = Account::open(conn, chain);
     let upstream = match early {
         Some(Early { upstream, cluster, trace }) => {
@@ -42,13 +43,22 @@ pub(super) async fn serve(mut client: Stream, conn: &Arc<Conn>, chain: &TcpChain
         }
     };
     account.connected(&upstream);
-    let relay = copy::both(&mut client, &mut upstream.stream, &account.counters, chain.idle_timeout);
+    let mut client = Exchanged::new(client, exchanges(conn));
+    let is_peer = account.exchanges(&upstream);
+    let mut server = Exchanged::new(&mut upstream.stream, is_peer);
+    let relay = copy::both(&mut client, &mut server, &account.counters, chain.idle_timeout);
     let outcome = tokio::select! {
         biased;
         end = relay => Outcome::Ended(end),
         outcome = Quiet::new(until_over(conn, chain)) => outcome,
     };
     account.ended(outcome);
+}
+
+/// Whether the client's proxy puts its metadata in front.
+fn exchanges(conn: &Conn) -> bool {
+    let Some(alpn) = conn.tls.as_ref().and_then(|peer| peer.alpn.as_deref()) else { return false };
+    conn.chain.l4.iter().any(|filter| matches!(filter, Filter::MetadataExchange(name) if **name == *alpn))
 }
 
 /// How a relay ended.
@@ -187,6 +197,12 @@ impl<'a> Account<'a> {
     fn connected(&mut self, upstream: &TcpUpstream) {
         self.upstream_host = Some(upstream.host.address);
         self.report = Some(self.conn.env.shard().open_tcp(&self.labels()));
+    }
+
+    /// Whether the server's proxy puts its metadata in front.
+    fn exchanges(&self, upstream: &TcpUpstream) -> bool {
+        let said = self.cluster.as_ref().and_then(|cluster| cluster.shared.config.metadata_exchange.as_deref());
+        said.is_some() && said == upstream.peer.as_ref().and_then(|peer| peer.alpn.as_deref())
     }
 
     fn failed(&mut self, error: &Error) {
