@@ -401,5 +401,37 @@ mod tests {
         assert!(kept.rejects[0].resource == "Certificates" && kept.snapshot.secrets() == renewed.snapshot.secrets());
     }
 
+    #[test]
+    fn the_last_good_version_of_an_object_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let pod = "apiVersion: v1\nkind: Pod\nmetadata: {name: w, namespace: a}\n\
+            spec: {serviceAccountName: w}\nstatus: {phase: Running, podIP: 10.0.0.1}\n";
+        std::fs::write(dir.path().join("pod.yaml"), pod).unwrap();
+        let write = |action: &str, path: &str| {
+            let policy = format!(
+                "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {{name: p, namespace: a}}\n\
+                 spec: {{action: {action}, rules: [{{to: [{{operation: {{paths: [{path}]}}}}]}}]}}\n"
+            );
+            std::fs::write(dir.path().join("policy.yaml"), policy).unwrap();
+        };
+        write("ALLOW", "/first");
+        let me = [("POD_NAMESPACE", "a"), ("INSTANCE_IP", "10.0.0.1")];
+        let paths = yaml::Paths { config: vec![dir.path().to_owned()], ..yaml::Paths::default() };
+        let mut control = Control::start(Settings {
+            input: Input::Yaml(paths),
+            who: WhoAmI::Env(me.map(|(name, value)| (name.to_owned(), value.to_owned())).into()),
+            certs: Certs::MadeUp,
+            publish_health: None,
+        })
+        .unwrap();
+        write("ALLOW", "/second");
+        control.reload().unwrap();
+        write("ALOW", "/third");
+        let news = control.reload().unwrap();
+        let said = format!("{:?}", news.model.listeners["virtualInbound"]);
+        assert!(said.contains("/second") && !said.contains("/first") && !said.contains("/third"));
+        assert!(news.rejects.iter().any(|r| r.to_string().contains("policy.yaml:4:16")), "{:?}", news.rejects);
+    }
+
     const DAY: std::time::Duration = std::time::Duration::from_secs(86_400);
 }

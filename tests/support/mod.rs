@@ -10,7 +10,7 @@
 //!
 //! Nothing sleeps for a guessed time: waiting polls for the event with a generous limit.
 
-#![allow(dead_code, reason = "each test file uses its part")]
+#![allow(dead_code, unreachable_pub, reason = "each test file uses its part")]
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
