@@ -156,7 +156,7 @@ pub(super) fn on_request(
         append_forwarded_for(&mut head.headers, from.peer.ip());
         from.peer.ip()
     } else {
-        forwarded.unwrap_or(from.peer.ip())
+        forwarded.unwrap_or_else(|| from.peer.ip())
     };
     if !seen.any(Seen::FORWARDED_PROTO) {
         let scheme = HeaderValue::from_static(if from.tls { "https" } else { "http" });

@@ -30,6 +30,7 @@ mod quiet;
 mod reply;
 mod request;
 mod request_id;
+mod respond;
 mod server_first;
 mod tcp;
 mod upgrade;

@@ -104,7 +104,7 @@ impl Reply {
         }
         let mut response = Response::new(Body::None);
         if for_grpc && !self.plain {
-            let status = self.grpc.unwrap_or(grpc_status(self.status));
+            let status = self.grpc.unwrap_or_else(|| grpc_status(self.status));
             headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
             headers.insert(GRPC_STATUS, HeaderValue::from(status));
             if !self.body.is_empty() {

@@ -24,10 +24,10 @@ use super::http::HttpConn;
 use super::limits::Limits;
 use super::path::{self, Outcome, Rules};
 use super::reply::Reply;
-use super::upgrade::{self, Switch};
+use super::respond::{Answered, write_reply};
 use super::vars::{self, Facts};
 use super::{mirror, ops};
-use crate::error::{Error, Flags, Kind};
+use crate::error::{Error, Kind};
 use crate::snapshot::action::{Action, Forward, HostRewrite};
 use crate::snapshot::{Found, Route, route};
 use crate::upstream::{self, Call, ClusterLocal, View};
@@ -62,12 +62,15 @@ struct Script<'a> {
     decorator: Option<HeaderValue>,
 }
 
-/// A response of the upstream, ready but for its account.
-struct Answered {
-    head: http::response::Parts,
-    body: upstream::AnswerBody,
-    expiry: Option<Box<Expiry>>,
-    switch: Option<(OnUpgrade, OnUpgrade, Option<Duration>)>,
+/// What the request leaves for the response.
+struct After<'a> {
+    passed: Passed<'a>,
+    /// The client asked for our metadata.
+    exchanged: bool,
+    /// The request, for header changes that ask for it.
+    kept: Option<&'a Head>,
+    cookie: Option<HeaderValue>,
+    idle: Option<Duration>,
 }
 
 /// A route that forwards, with where to.
@@ -217,6 +220,21 @@ impl Script<'_> {
         let request = options.request_timeout.filter(|_| self.ctx.request_unfinished());
         let expiry = Expiry::new(Life { stream: limits.stream, request, idle: limits.idle }, self.ctx.start);
         let (answer, expiry) = self.send(call, head, body, expiry).await?;
+        let after = After { passed, exchanged, kept: kept.as_deref(), cookie: hashed.set_cookie, idle: limits.idle };
+        let mut answered = self.answered(answer, target.found, after, client, upgrade)?;
+        answered.expiry = expiry;
+        Ok(answered)
+    }
+
+    /// The upstream's response as ours.
+    fn answered(
+        &self,
+        answer: upstream::Answer,
+        found: &Found<'_>,
+        after: After<'_>,
+        client: Option<OnUpgrade>,
+        upgrade: bool,
+    ) -> Result<Answered, Box<Reply>> {
         let mut response = answer.head;
         if upgrade && response.status == StatusCode::OK {
             return Err(Box::new(Reply {
@@ -230,26 +248,26 @@ impl Script<'_> {
         if upgrade && !upgraded {
             response.headers.insert(CONNECTION, HeaderValue::from_static("close"));
         }
-        if !options.suppress_envoy_headers && !upgraded {
+        if !self.http.chain.options.suppress_envoy_headers && !upgraded {
             response.headers.insert(headers::SERVICE_TIME, self.service_time());
         }
-        self.exchange_response(&mut response.headers, passed.exchange, exchanged);
-        if let Some((cors, origin)) = passed.cors {
+        self.exchange_response(&mut response.headers, after.passed.exchange, after.exchanged);
+        if let Some((cors, origin)) = after.passed.cors {
             super::cors::on_response(cors, origin, &mut response.headers);
         }
-        self.response_ops(target.found, &mut response, kept.as_deref());
-        if let Some(cookie) = hashed.set_cookie {
+        self.response_ops(found, &mut response, after.kept);
+        if let Some(cookie) = after.cookie {
             response.headers.append(SET_COOKIE, cookie);
         }
         let switch = match (upgraded, client, answer.upgrade) {
-            (true, Some(client), Some(upstream)) => Some((client, upstream, limits.idle)),
+            (true, Some(client), Some(upstream)) => Some((client, upstream, after.idle)),
             (true, ..) => {
                 let kind = Kind::UpstreamProtocol;
                 return Err(Box::new(Reply::of_upstream(kind, kind.row().details, false, false)));
             }
             _ => None,
         };
-        Ok(Answered { head: response, body: answer.body, expiry, switch })
+        Ok(Answered { head: response, body: answer.body, expiry: None, switch })
     }
 
     /// Everything that changes between our filters and the wire.
@@ -468,62 +486,4 @@ pub(super) fn parts_of(head: &mut Head) -> http::request::Parts {
     parts.headers.insert(HOST, head.authority.clone());
     parts.extensions = std::mem::take(&mut head.extensions);
     parts
-}
-
-impl Answered {
-    fn write(self, mut ctx: Box<Ctx>, decorator: Option<HeaderValue>) -> Response<Body> {
-        let mut head = self.head;
-        finish_headers(&mut head.headers, &ctx, decorator);
-        head.version = Version::HTTP_11;
-        head.extensions.remove::<hyper::ext::ReasonPhrase>();
-        if head.status.canonical_reason().is_none() {
-            head.extensions.insert(hyper::ext::ReasonPhrase::from_static(b"Unknown"));
-        }
-        ctx.answered(head.status, &head.headers);
-        if let Some((client, upstream, idle)) = self.switch {
-            upgrade::spawn(ctx, Switch { client, upstream, place: self.body, idle });
-            return Response::from_parts(head, Body::None);
-        }
-        if http_body::Body::is_end_stream(&self.body) {
-            ctx.complete();
-            return Response::from_parts(head, Body::None);
-        }
-        Response::from_parts(head, Body::Tracked(ctx, self.body, self.expiry))
-    }
-}
-
-fn write_reply(mut reply: Reply, mut ctx: Box<Ctx>, decorator: Option<HeaderValue>) -> Response<Body> {
-    let is_http1 = ctx.is_http1();
-    // What is left of the body would be taken for the next request.
-    reply.close = is_http1 && (reply.close || ctx.request_unfinished());
-    ctx.flags.insert(reply.flags);
-    ctx.details = std::mem::take(&mut reply.details);
-    let is_codec_error = reply.flags.contains(Flags::DPE);
-    if is_codec_error {
-        // How the upstream saw it end says nothing new.
-        ctx.trace.flags = Flags::NONE;
-    }
-    ctx.sent = if ctx.grpc && !reply.plain { 0 } else { reply.body.len() as u64 };
-    let mut response = reply.write(ctx.grpc);
-    finish_headers(response.headers_mut(), &ctx, decorator.filter(|_| !is_codec_error));
-    if response.status().canonical_reason().is_none() || response.status() == StatusCode::IM_A_TEAPOT {
-        response.extensions_mut().insert(hyper::ext::ReasonPhrase::from_static(b"Unknown"));
-    }
-    ctx.answered(response.status(), response.headers());
-    ctx.complete();
-    response
-}
-
-/// What every response gets, ours and the upstream's.
-fn finish_headers(headers: &mut HeaderMap, ctx: &Ctx, decorator: Option<HeaderValue>) {
-    let http = &ctx.http;
-    headers::server(headers, &http.chain.options);
-    if let Some(decorator) = decorator {
-        headers.insert(headers::DECORATOR, decorator);
-    } else if !http.conn.is_inbound() {
-        headers.remove(headers::DECORATOR);
-    }
-    if ctx.is_http1() && http.is_last_request() && !headers.contains_key(http::header::UPGRADE) {
-        headers.insert(CONNECTION, HeaderValue::from_static("close"));
-    }
 }

@@ -276,7 +276,7 @@ impl Drop for Account<'_> {
         record.bytes_sent = sent;
         record.bytes_received = received;
         record.upstream_cluster = self.cluster_name();
-        record.upstream_host = self.upstream_host.or(self.trace.host.as_ref().map(|host| host.address));
+        record.upstream_host = self.upstream_host.or_else(|| self.trace.host.as_ref().map(|host| host.address));
         record.upstream_local = self.trace.upstream_local;
         record.attempts = self.trace.attempts;
         sink.log(&record, &self.chain.access_log);

@@ -71,7 +71,7 @@ impl BodyCopy {
     }
 
     pub(super) fn size_hint(&self) -> SizeHint {
-        self.size.clone()
+        self.size
     }
 }
 

@@ -243,7 +243,6 @@ impl Exchange<'_> {
         if let Some(count) = self.parts.headers.get_mut("x-envoy-attempt-count") {
             *count = attempts.into();
         }
-        self.tell_timeout();
     }
 
     async fn one(&mut self, trace: &mut Trace) -> Tried {
