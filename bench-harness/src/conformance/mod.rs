@@ -46,6 +46,9 @@ pub struct Args {
     /// Only cases whose name contains this.
     #[arg(long = "case", value_name = "TEXT")]
     case: Option<String>,
+    /// Begins the names of network namespaces (`TAG0-server`), so that two runs can share a machine.
+    #[arg(long, value_name = "TAG", default_value = "wire")]
+    tag: String,
     /// Failures printed for each set.
     #[arg(long, default_value_t = 200)]
     most: usize,
@@ -64,6 +67,8 @@ struct Bench<'a> {
     rules: &'a Rules,
     /// Part of a case's name, to run few of them.
     case: Option<&'a str>,
+    /// Begins the names of network namespaces.
+    tag: &'a str,
 }
 
 impl Bench<'_> {
@@ -78,7 +83,7 @@ impl Bench<'_> {
 /// When the vectors or the rules cannot be read, or the proxy cannot be run.
 pub fn run(args: &Args) -> Result<ExitCode> {
     let rules = Rules::load(&args.rules)?;
-    let bench = Bench { proxy: &args.proxy, rules: &rules, case: args.case.as_deref() };
+    let bench = Bench { proxy: &args.proxy, rules: &rules, case: args.case.as_deref(), tag: &args.tag };
     let mut failed = 0;
     for set in sets(&args.vectors)? {
         if args.only.as_ref().is_some_and(|part| !set.name.contains(part.as_str())) {

@@ -82,7 +82,7 @@ fn play(bench: &Bench<'_>, lanes: usize, groups: Vec<Group<'_>>) -> Result<Tally
                 loop {
                     let next = waiting.lock().expect("no lane panics while holding it").pop();
                     let Some(group) = next else { return Ok(()) };
-                    let tally = group_on(bench, &format!("wire{number}"), &group)?;
+                    let tally = group_on(bench, &format!("{}{number}", bench.tag), &group)?;
                     done.lock().expect("no lane panics while holding it").add(tally);
                 }
             })
