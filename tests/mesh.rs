@@ -148,15 +148,19 @@ fn two_sidecars_speak_mtls_and_obey_policy() {
     // A changed policy is in force without a restart.
     replace(&mesh.dir.path().join("config/policy.yaml"), &policy("/forbidden"));
     wait_for("the new policy", LIMIT, || in_force(&mesh) == [false, true]).expect("policies are reloaded");
+    // The client's proxy keeps its connections, so these requests come over ones that the old policy let in.
+    wait_for("obedience", LIMIT, || served(&mesh) == [403, 200])
+        .unwrap_or_else(|e| panic!("{e}: {:?}; {:?}", served(&mesh), mesh.log("web")));
 
     // A broken one leaves the last good one in force.
     replace(&mesh.dir.path().join("config/policy.yaml"), &policy("/forbidden").replace("ALLOW", "ALOW"));
     wait_for("the reject", LIMIT, || metrics(&mesh).contains("config_rejected{type=\"AuthorizationPolicy\"} 1"))
         .expect("counted");
     assert_eq!(in_force(&mesh), [false, true]);
+    assert_eq!(served(&mesh), [403, 200]);
 
     mesh.client_proxy.signal("TERM");
-    assert_ne!(mesh.get("/forbidden").0, 0, "leaving proxies still serve");
+    assert_eq!(mesh.get("/forbidden").0, 200, "leaving proxies still serve");
     assert_eq!(mesh.client_proxy.wait(), 0);
 }
 
@@ -188,6 +192,11 @@ fn in_force(mesh: &Mesh) -> [bool; 2] {
         assert_eq!(answer["cluster"], "inbound|8080||", "{answer}");
         answer["policies"][0]["allowed"].as_bool().expect("a verdict")
     })
+}
+
+/// What the client gets for /allowed and /forbidden.
+fn served(mesh: &Mesh) -> [u16; 2] {
+    ["/allowed", "/forbidden"].map(|path| mesh.get(path).0)
 }
 
 /// The running proxies explain the calls as they served them.

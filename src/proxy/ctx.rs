@@ -218,6 +218,7 @@ impl Ctx {
         let since = |at: Option<Instant>| at.map(|at| at - self.start);
         let trace = &self.trace;
         let mut record = conn.record(RecordKind::Http, self.started, duration);
+        record.filter_chain = &self.http.whole.name;
         record.request_duration = if self.request_unfinished() { None } else { Some(Duration::ZERO) };
         record.response_duration = since(trace.first_byte);
         record.upstream_service_time =

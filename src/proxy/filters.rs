@@ -157,7 +157,7 @@ fn is_grpc_web(head: &Head) -> bool {
 }
 
 pub(super) fn unusable(http: &HttpConn, what: &str) -> Reply {
-    tracing::warn!(chain = %http.conn.chain.name, "refused: policy cannot be enforced: {what}");
+    tracing::warn!(chain = %http.whole.name, "refused: policy cannot be enforced: {what}");
     Reply::of(Kind::PolicyUnusable)
 }
 

@@ -2,8 +2,6 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::time::Duration;
 
 use crossbeam_utils::CachePadded;
 use http::{HeaderValue, Version};
@@ -15,13 +13,14 @@ use tokio::time::{Instant, sleep_until, timeout};
 use super::conn::Conn;
 use super::head::Accepts;
 use super::headers::Origin;
+use super::live::{Counts, Live};
 use super::quiet::Quiet;
 use super::{request, xfcc};
 use crate::drain::{Phase, Watch};
 use crate::error::{Flags, Kind};
 use crate::net::Stream;
 use crate::net::sniff::{Codec, read_codec};
-use crate::snapshot::{HttpChain, HttpFilter, HttpOptions};
+use crate::snapshot::{Chain, HttpChain, HttpFilter, HttpOptions};
 use crate::telemetry::{AccessLogs, HttpMetrics, RecordKind};
 
 /// Header lines of a request, as Envoy's default.
@@ -33,9 +32,12 @@ const STREAM_WINDOW: u32 = 256 * 1024;
 /// Credit of a connection: several busy streams.
 const CONNECTION_WINDOW: u32 = 1024 * 1024;
 
-/// A connection and what its requests share.
+/// A connection as one chain serves it: what the requests share until configuration changes.
 pub(super) struct HttpConn {
     pub(super) conn: Arc<Conn>,
+    /// The filter chain.
+    pub(super) whole: Arc<Chain>,
+    /// Its connection manager.
     pub(super) chain: Arc<HttpChain>,
     /// Our XFCC element about this client.
     pub(super) xfcc: Option<HeaderValue>,
@@ -45,10 +47,7 @@ pub(super) struct HttpConn {
     pub(super) logs: Arc<AccessLogs>,
     /// `istio.stats` is among the filters.
     pub(super) counts_requests: bool,
-    requests: AtomicU32,
-    active: AtomicU32,
-    /// When the last request ended, milliseconds after the connection began.
-    last_end: AtomicU64,
+    pub(super) counts: Arc<Counts>,
 }
 
 /// Why a connection is asked to end.
@@ -57,30 +56,24 @@ enum Goodbye {
     Leaving,
     Idle,
     Old,
+    /// Its chain is gone, or is not to be used.
+    Outdated,
 }
 
 impl HttpConn {
-    fn new(conn: Arc<Conn>, chain: Arc<HttpChain>) -> Arc<Self> {
-        let env = &conn.env;
-        let metrics = env.shard().http(&chain.options.stat_prefix);
-        metrics.cx_total.inc();
-        metrics.cx_active.inc();
-        if conn.tls.is_some() {
-            metrics.cx_ssl_total.inc();
-        }
+    pub(super) fn new(conn: Arc<Conn>, whole: Arc<Chain>, chain: Arc<HttpChain>, counts: Arc<Counts>) -> Self {
         let local_uris = conn.local_uris();
-        Arc::new(Self {
+        Self {
             xfcc: xfcc::element(conn.tls.as_deref(), &local_uris, chain.options.client_cert_details),
             logs: Arc::clone(&chain.options.access_log),
             counts_requests: chain.filters.iter().any(|filter| matches!(filter, HttpFilter::Stats)),
-            metrics,
+            metrics: conn.env.shard().http(&chain.options.stat_prefix),
             local_uris,
-            requests: AtomicU32::new(0),
-            active: AtomicU32::new(0),
-            last_end: AtomicU64::new(0),
+            counts,
             conn,
+            whole,
             chain,
-        })
+        }
     }
 
     pub(super) fn accepts(&self) -> Accepts<'_> {
@@ -101,8 +94,7 @@ impl HttpConn {
     }
 
     pub(super) fn request_begins(&self, version: Version) {
-        self.requests.fetch_add(1, Ordering::Relaxed);
-        self.active.fetch_add(1, Ordering::Relaxed);
+        self.counts.request_begins();
         self.metrics.rq_total.inc();
         self.metrics.rq_active.inc();
         match version {
@@ -113,43 +105,25 @@ impl HttpConn {
 
     pub(super) fn request_ends(&self) {
         self.metrics.rq_active.dec();
-        let since = u64::try_from(self.conn.start.elapsed().as_millis()).unwrap_or(u64::MAX);
-        self.last_end.store(since, Ordering::Relaxed);
-        self.active.fetch_sub(1, Ordering::Relaxed);
+        self.counts.request_ends(self.conn.start.elapsed());
     }
 
     /// Whether the current request is the last one of its connection.
     pub(super) fn is_last_request(&self) -> bool {
-        let used_up = self
-            .chain
-            .options
-            .max_requests_per_connection
-            .is_some_and(|max| self.requests.load(Ordering::Relaxed) >= max);
-        used_up || self.conn.env.drain.is_leaving()
-    }
-
-    /// When the connection will have been idle for too long, as far as can be told now.
-    fn idle_deadline(&self, limit: Duration) -> Instant {
-        if self.active.load(Ordering::Relaxed) > 0 {
-            return Instant::now() + limit;
-        }
-        self.conn.start + Duration::from_millis(self.last_end.load(Ordering::Relaxed)) + limit
-    }
-}
-
-impl Drop for HttpConn {
-    fn drop(&mut self) {
-        self.metrics.cx_active.dec();
+        let most = self.chain.options.max_requests_per_connection;
+        let used_up = most.is_some_and(|max| self.counts.requests() >= max);
+        used_up || self.counts.is_outdated() || self.conn.env.drain.is_leaving()
     }
 }
 
 /// Serves the connection to its end.
-pub(super) async fn serve(stream: Stream, conn: Arc<Conn>, chain: Arc<HttpChain>) {
-    let http = HttpConn::new(conn, chain);
-    let Some((codec, stream)) = Box::pin(codec(stream, &http)).await else { return };
+pub(super) async fn serve(stream: Stream, conn: Arc<Conn>, chain: &Arc<HttpChain>) {
+    let live = Arc::new(Live::new(conn, chain));
+    let http = live.first();
+    let Some((codec, stream)) = Box::pin(codec(stream, http)).await else { return };
     let service = {
-        let http = Arc::clone(&http);
-        service_fn(move |request| request::handle(Arc::clone(&http), request))
+        let live = Arc::clone(&live);
+        service_fn(move |request| request::handle(live.now(), request))
     };
     let io = TokioIo::new(stream);
     let ended = match codec {
@@ -157,16 +131,16 @@ pub(super) async fn serve(stream: Stream, conn: Arc<Conn>, chain: Arc<HttpChain>
             http.metrics.cx_http1_total.inc();
             let builder = http1(&http.chain.options, http.conn.eof);
             let connection = Box::pin(builder.serve_connection(io, service).with_upgrades());
-            drive(connection, |connection| connection.graceful_shutdown(), &http).await
+            drive(connection, |connection| connection.graceful_shutdown(), &live).await
         }
         Codec::Http2 => {
             http.metrics.cx_http2_total.inc();
             let connection = Box::pin(http2(&http.chain.options).serve_connection(io, service));
-            drive(connection, |connection| connection.graceful_shutdown(), &http).await
+            drive(connection, |connection| connection.graceful_shutdown(), &live).await
         }
     };
     if let Err(error) = ended {
-        note_error(&http, &error);
+        note_error(http, &error);
     }
 }
 
@@ -227,18 +201,19 @@ fn http2(options: &HttpOptions) -> http2::Builder<TokioExecutor> {
 }
 
 /// Runs a connection until it ends, or until it has to and its grace is over.
-async fn drive<C>(mut connection: Pin<Box<C>>, say_goodbye: fn(Pin<&mut C>), http: &HttpConn) -> Served
+async fn drive<C>(mut connection: Pin<Box<C>>, say_goodbye: fn(Pin<&mut C>), live: &Live) -> Served
 where
     C: Future<Output = Served>,
 {
+    let http = live.first();
     let mut drain = http.conn.env.drain.clone();
     let goodbye = tokio::select! {
         biased;
         ended = connection.as_mut() => return ended,
-        goodbye = Quiet::new(until_goodbye(http, &mut drain)) => goodbye,
+        goodbye = Quiet::new(until_goodbye(live, &mut drain)) => goodbye,
     };
     match goodbye {
-        Goodbye::Leaving => http.metrics.cx_drain_close.inc(),
+        Goodbye::Leaving | Goodbye::Outdated => http.metrics.cx_drain_close.inc(),
         Goodbye::Idle => http.metrics.cx_idle_timeout.inc(),
         Goodbye::Old => http.metrics.cx_max_duration.inc(),
     }
@@ -253,26 +228,38 @@ where
 }
 
 /// Waits for a reason to end the connection.
-async fn until_goodbye(http: &HttpConn, drain: &mut Watch) -> Goodbye {
-    let options = &http.chain.options;
-    let oldest = options.max_connection_duration.map(|limit| http.conn.start + limit);
+async fn until_goodbye(live: &Live, drain: &mut Watch) -> Goodbye {
+    let mut views = live.first().conn.env.view.subscribe();
+    // What changed before we listened was not looked at yet.
+    views.mark_changed();
     loop {
-        let idle = options.idle_timeout.map(|limit| http.idle_deadline(limit));
-        let Some(next) = [idle, oldest].into_iter().flatten().min() else {
-            drain.reached(Phase::Closing).await;
-            return Goodbye::Leaving;
-        };
+        let http = live.now();
+        if http.counts.is_outdated() {
+            return Goodbye::Outdated;
+        }
+        let (options, start) = (&http.chain.options, http.conn.start);
+        let oldest = options.max_connection_duration.map(|limit| start + limit);
+        let idle = options.idle_timeout.map(|limit| http.counts.idle_deadline(start, limit));
+        let next = [idle, oldest].into_iter().flatten().min();
         tokio::select! {
             () = drain.reached(Phase::Closing) => return Goodbye::Leaving,
-            () = sleep_until(next) => {}
+            Ok(()) = views.changed() => continue,
+            () = until(next) => {}
         }
         let now = Instant::now();
         if oldest.is_some_and(|oldest| oldest <= now) {
             return Goodbye::Old;
         }
-        if options.idle_timeout.is_some_and(|limit| http.idle_deadline(limit) <= now) {
+        if options.idle_timeout.is_some_and(|limit| http.counts.idle_deadline(start, limit) <= now) {
             return Goodbye::Idle;
         }
+    }
+}
+
+async fn until(deadline: Option<Instant>) {
+    match deadline {
+        Some(deadline) => sleep_until(deadline).await,
+        None => std::future::pending().await,
     }
 }
 

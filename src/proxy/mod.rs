@@ -23,6 +23,7 @@ mod headers;
 mod http;
 mod jwt;
 mod limits;
+mod live;
 mod mirror;
 mod ops;
 mod path;
@@ -82,6 +83,8 @@ pub struct Env {
     /// A request takes a reference of the current view, a TCP connection also waits for changes of policy. The lock
     /// inside is only ever taken on this worker's thread.
     view: watch::Sender<Arc<View>>,
+    /// Counts the views.
+    generation: AtomicU64,
     drain: Watch,
     node: Node,
     shard: Arc<Shard>,
@@ -98,6 +101,7 @@ impl Env {
         Self {
             worker: settings.worker,
             view: watch::Sender::new(settings.view),
+            generation: AtomicU64::new(1),
             drain: settings.drain,
             default_host: HeaderValue::from_str(&settings.node.hostname)
                 .unwrap_or(HeaderValue::from_static("localhost")),
@@ -129,9 +133,15 @@ impl Env {
     }
 
     /// Makes another configuration current: for new connections, for every new request, and for the policy of open TCP
-    /// connections.
+    /// connections. Call it on this worker's thread.
     pub fn swap(&self, view: Arc<View>) {
         self.view.send_replace(view);
+        self.generation.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A number that changes whenever the configuration does.
+    fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Relaxed)
     }
 
     /// Number of the worker.
@@ -167,10 +177,7 @@ pub async fn serve(
     let Some((stream, conn, early)) = Box::pin(conn::open(stream, arrival)).await else { return };
     match &conn.chain.terminal {
         Terminal::Tcp(chain) => tcp::serve(stream, &conn, chain, early).await,
-        Terminal::Http(chain) => {
-            let chain = Arc::clone(chain);
-            http::serve(stream, conn, chain).await;
-        }
+        Terminal::Http(chain) => http::serve(stream, Arc::clone(&conn), chain).await,
         // Refused when the connection was opened.
         Terminal::Refuse(_) => {}
     }

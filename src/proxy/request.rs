@@ -92,8 +92,11 @@ impl Script<'_> {
         if arrived.upgrade == Upgrade::Refused {
             return Err(Box::new(Reply { close: true, ..Reply::new(403, "upgrade_failed", "") }));
         }
-        if let Some(why) = &self.http.conn.chain.unusable {
+        if let Some(why) = &self.http.whole.unusable {
             return Err(Box::new(filters::unusable(self.http, why)));
+        }
+        if self.http.counts.is_barred() {
+            return Err(Box::new(filters::unusable(self.http, "the connection's filter chain is gone")));
         }
         let view = self.http.conn.env.view();
         let table = view.snap.route_table(&self.http.chain);

@@ -5,18 +5,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam_utils::CachePadded;
-use proxy_config::model::TransportProtocol;
 use tokio::time::sleep;
 
 use super::conn::{Conn, check_policy};
 use super::ctx::{local_principal, peer_principal, service};
 use super::exchange::Exchanged;
+use super::live::{Now, chain_now};
 use super::quiet::Quiet;
 use super::server_first::Early;
 use crate::drain::Phase;
 use crate::error::{Error, Flags, Kind};
 use crate::net::{Stream, copy};
-use crate::snapshot::{ChainInput, Filter, TcpChain};
+use crate::snapshot::{Filter, TcpChain};
 use crate::telemetry::{Labels, Protocol, RecordKind, TcpMetrics, TcpReport};
 use crate::upstream::{self, ClusterLocal, TcpCall, TcpUpstream, Trace, View};
 
@@ -125,23 +125,15 @@ async fn denied(conn: &Conn) -> String {
     std::future::pending().await
 }
 
-/// The chain that would take this connection now, and what its policy says.
+/// What the policy of the chain that would take this connection now says. That no chain would, is policy only inbound: a
+/// peer that has to authenticate now and did not.
 fn judge(view: &View, conn: &Conn) -> Option<String> {
-    let listener = view.snap.listeners().iter().find(|listener| listener.name == conn.listener.name)?;
-    if Arc::ptr_eq(listener, &conn.listener) {
-        return None;
+    match chain_now(view, conn, &conn.chain) {
+        Now::Same => None,
+        Now::Gone if view.snap.listener(&conn.listener.name).is_none() => None,
+        Now::Gone => conn.is_inbound().then(|| Kind::NoChain.row().details.to_owned()),
+        Now::Other(chain) => check_policy(chain, &conn.attributes(), &conn.env).err(),
     }
-    let chain = listener.chain(&ChainInput {
-        dst: conn.destination,
-        src: conn.peer,
-        sni: conn.sni.as_deref(),
-        transport: if conn.client_tls { TransportProtocol::Tls } else { TransportProtocol::RawBuffer },
-        alpn: &conn.alpn,
-    })?;
-    if Arc::ptr_eq(chain, &conn.chain) {
-        return None;
-    }
-    check_policy(chain, &conn.attributes(), &conn.env).err()
 }
 
 /// What a connection counts and logs, settled when it is dropped.

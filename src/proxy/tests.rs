@@ -248,11 +248,20 @@ impl Mesh {
         clusters: Vec<Cluster>,
         listener_filters: Vec<model::ListenerFilter>,
     ) -> snapshot::Snapshot {
+        Self::compile_for(ChainMatch::default(), filters, clusters, listener_filters)
+    }
+
+    fn compile_for(
+        matches: ChainMatch,
+        filters: Vec<NetworkFilter>,
+        clusters: Vec<Cluster>,
+        listener_filters: Vec<model::ListenerFilter>,
+    ) -> snapshot::Snapshot {
         let mut model = Model::default();
         for cluster in clusters {
             model.clusters.insert(Arc::clone(&cluster.name), Arc::new(cluster));
         }
-        let chain = FilterChain { name: "c".into(), filters, matches: ChainMatch::default(), ..FilterChain::default() };
+        let chain = FilterChain { name: "c".into(), filters, matches, ..FilterChain::default() };
         let listener = model::Listener {
             name: "in".into(),
             address: Address::Socket("0.0.0.0:15006".parse().unwrap()),
@@ -283,6 +292,11 @@ impl Mesh {
     fn managed(app: &App, manager: HttpConnectionManager) -> Self {
         let to_app = cluster("app", app.address, UpstreamProtocol::Http1);
         Self::new(vec![NetworkFilter::Http(Box::new(manager))], vec![to_app])
+    }
+
+    /// Makes another configuration current.
+    fn swap(&self, snapshot: snapshot::Snapshot) {
+        self.env.swap(Arc::new(View::new(Arc::new(snapshot), None)));
     }
 
     fn connect(&self) -> Client {
@@ -515,13 +529,83 @@ async fn a_policy_that_appears_ends_open_connections() {
     client.send("hello\n").await;
     client.until("\n").await;
     let same = Mesh::compile(vec![tcp_proxy()], clusters());
-    mesh.env.swap(Arc::new(View::new(Arc::new(same), None)));
+    mesh.swap(same);
     client.send("again\n").await;
     assert_eq!(client.until("\n").await, "again\n");
     let closed = model::Rbac { rules: Some(RbacRules::default()), ..model::Rbac::default() };
     let other = Mesh::compile(vec![NetworkFilter::Rbac(closed), tcp_proxy()], clusters());
-    mesh.env.swap(Arc::new(View::new(Arc::new(other), None)));
+    mesh.swap(other);
     assert_eq!(client.rest().await, "");
+}
+
+/// A snapshot whose listener has a chain, but none for the port that clients of these tests ask for.
+fn without_chain(filters: Vec<NetworkFilter>) -> snapshot::Snapshot {
+    let elsewhere = ChainMatch { destination_port: Some(9), ..ChainMatch::default() };
+    Mesh::compile_for(elsewhere, filters, Vec::new(), Vec::new())
+}
+
+#[tokio::test]
+async fn a_peer_that_no_chain_would_take_any_more_is_closed() {
+    let app = App::start("", true).await;
+    let mesh = Mesh::new(vec![tcp_proxy()], vec![cluster("app", app.address, UpstreamProtocol::Http1)]);
+    let mut client = mesh.connect();
+    client.send("hello\n").await;
+    client.until("\n").await;
+    mesh.swap(without_chain(vec![tcp_proxy()]));
+    assert_eq!(client.rest().await, "");
+}
+
+/// A configuration that lets only this path prefix pass.
+fn allowing(app: &App, prefix: &str) -> snapshot::Snapshot {
+    let filters = vec![HttpFilter::Rbac(allow_only(prefix))];
+    let manager = NetworkFilter::Http(Box::new(manager(vec![forward("/")], filters)));
+    Mesh::compile(vec![manager], vec![cluster("app", app.address, UpstreamProtocol::Http1)])
+}
+
+#[tokio::test]
+async fn a_changed_policy_holds_for_the_next_request_of_an_open_connection() {
+    let app = App::start(OK, false).await;
+    let mesh = Mesh::serving(allowing(&app, "/a"));
+    let mut one = mesh.connect();
+    let mut two = http2(&mesh).await;
+    let ask = |path: &'static str| Request::get(format!("http://a{path}")).body(Full::default()).unwrap();
+    for (allowed, denied) in [("/a", "/b"), ("/b", "/a"), ("/a", "/b")] {
+        mesh.swap(allowing(&app, allowed));
+        let refused = one.get(denied, "denied").await;
+        assert!(refused.starts_with("HTTP/1.1 403") && !refused.contains("connection: close"), "{refused}");
+        assert!(one.get(allowed, "ok\n").await.starts_with("HTTP/1.1 200"));
+        assert_eq!(two.send_request(ask(denied)).await.unwrap().status(), 403);
+        assert_eq!(two.send_request(ask(allowed)).await.unwrap().status(), 200);
+    }
+    assert_eq!(app.heads().len(), 6);
+}
+
+#[tokio::test]
+async fn a_connection_whose_chain_is_gone_is_refused_and_ends() {
+    let app = App::start(OK, false).await;
+    let gone = || without_chain(vec![NetworkFilter::Http(Box::new(manager(vec![forward("/")], Vec::new())))]);
+    let mesh = Mesh::http(&app, vec![forward("/")], Vec::new());
+    let (mut busy, mut idle) = (mesh.connect(), mesh.connect());
+    let mut two = http2(&mesh).await;
+    for client in [&mut busy, &mut idle] {
+        client.get("/", "ok\n").await;
+    }
+    let ask = || Request::get("http://a/").body(Full::default()).unwrap();
+    assert_eq!(two.send_request(ask()).await.unwrap().status(), 200);
+    mesh.swap(gone());
+    // In the buffer before the connection hears of the change.
+    busy.send("GET / HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    let refused = busy.rest().await;
+    assert!(refused.starts_with("HTTP/1.1 503") && refused.contains("connection: close\r\n"), "{refused}");
+    assert_eq!(idle.rest().await, "");
+    let ended = async {
+        while two.ready().await.is_ok() {
+            tokio::task::yield_now().await
+        }
+    };
+    tokio::time::timeout(LIMIT, ended).await.expect("HTTP/2 is told to go away");
+    assert_eq!(app.heads().len(), 3);
+    mesh.drain.wait_for_zero().await;
 }
 
 #[tokio::test]

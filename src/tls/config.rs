@@ -15,6 +15,7 @@ use rustls::crypto::{CryptoProvider, SupportedKxGroup};
 use rustls::{ClientConfig, DistinguishedName, ServerConfig, SupportedCipherSuite, SupportedProtocolVersion};
 
 use super::certs::{Identity, Secrets};
+use super::peer::Peer;
 use super::verify::{NameRule, PeerVerifier};
 
 /// Sessions that a cluster remembers, one for each server name.
@@ -72,6 +73,12 @@ impl ServerTls {
 
     pub(super) fn verifier(&self) -> Option<&PeerVerifier> {
         self.0.verifier.as_deref()
+    }
+
+    /// Whether a peer that another context admitted would be admitted here too, by its names; its certificate was
+    /// verified when it came.
+    pub fn admits(&self, peer: &Peer) -> bool {
+        self.0.verifier.as_ref().is_none_or(|verifier| verifier.admits(peer))
     }
 }
 

@@ -84,8 +84,7 @@ impl PeerVerifier {
         if is_svid && peer.uri_sans.len() > 1 {
             return Err(mismatch(format!("more than one URI name in the certificate: {}", peer.uri_sans.join(", "))));
         }
-        let anybody = self.names.is_empty() && !self.accept_server_name;
-        if anybody || self.names.iter().any(|rule| rule.holds(&peer)) {
+        if self.expects(&peer) {
             return Ok(());
         }
         if let (true, Role::Server(name)) = (self.accept_server_name, role)
@@ -95,6 +94,16 @@ impl PeerVerifier {
         }
         let names = [peer.uri_sans, peer.dns_sans].concat().join(", ");
         Err(mismatch(format!("no name of the certificate is expected here: {names}")))
+    }
+
+    /// Whether a client is let in, once its certificate, if it has one, is known to be good.
+    pub(super) fn admits(&self, client: &Peer) -> bool {
+        if client.hash.is_empty() { !self.mandatory } else { self.expects(client) }
+    }
+
+    fn expects(&self, peer: &Peer) -> bool {
+        let anybody = self.names.is_empty() && !self.accept_server_name;
+        anybody || self.names.iter().any(|rule| rule.holds(peer))
     }
 
     fn schemes(&self) -> Vec<SignatureScheme> {
