@@ -188,13 +188,14 @@ struct Worker {
 impl Start {
     async fn run(mut self, commands: mpsc::UnboundedReceiver<Command>) {
         let snap = Arc::clone(&self.settings.snapshots.borrow_and_update());
+        let shard = self.settings.telemetry.shard();
         let env = Env::new(proxy::Settings {
             worker: self.index,
-            view: Arc::new(View::new(snap, None)),
+            view: Arc::new(View::counted(snap, Arc::clone(&shard), None)),
             drain: self.settings.drain.clone(),
             node: self.settings.node.clone(),
         });
-        let env = Arc::new(env.with_telemetry(self.settings.telemetry.shard(), self.settings.logs.sink()));
+        let env = Arc::new(env.with_telemetry(shard, self.settings.logs.sink()));
         tokio::spawn(follow(self.settings.snapshots, Arc::clone(&env)));
         tokio::spawn(measure_lag(Arc::clone(&self.loads), self.index));
         let worker =

@@ -171,7 +171,6 @@ retry_on! {
     RETRIABLE_4XX = 5, "retriable-4xx", "409.";
     REFUSED_STREAM = 6, "refused-stream", "REFUSED_STREAM.";
     RETRIABLE_STATUS_CODES = 7, "retriable-status-codes", "One of the listed statuses.";
-    RETRIABLE_HEADERS = 8, "retriable-headers", "A response header.";
     ENVOY_RATELIMITED = 9, "envoy-ratelimited", "`x-envoy-ratelimited`.";
     GRPC_CANCELLED = 10, "cancelled", "grpc-status 1.";
     GRPC_DEADLINE_EXCEEDED = 11, "deadline-exceeded", "grpc-status 4.";
@@ -209,8 +208,6 @@ pub struct RetryPolicy {
     pub retries: u32,
     /// Limit of each try; `None` is the route's.
     pub per_try_timeout: Option<Duration>,
-    /// Idle limit of each try.
-    pub per_try_idle_timeout: Option<Duration>,
     /// What `retriable-status-codes` means.
     pub statuses: Box<[u16]>,
     /// Hosts already tried are avoided.

@@ -35,6 +35,9 @@ pub(super) fn action(said: &model::RouteAction, ids: &Ids<'_>, sink: &mut Sink<'
 }
 
 fn forward(said: &model::Forward, ids: &Ids<'_>, sink: &mut Sink<'_>) -> Result<Forward, String> {
+    if said.retry.as_ref().and_then(|retry| retry.per_try_idle_timeout).is_some_and(|limit| !limit.is_zero()) {
+        return Err("retry_policy.per_try_idle_timeout is not supported".to_owned());
+    }
     Ok(Forward {
         clusters: clusters(&said.clusters, ids, sink)?,
         timeout: off(said.timeout.unwrap_or(TIMEOUT)),
@@ -95,7 +98,6 @@ fn retry(said: &model::RetryPolicy, sink: &mut Sink<'_>) -> RetryPolicy {
         on,
         retries: said.num_retries,
         per_try_timeout: said.per_try_timeout.and_then(off),
-        per_try_idle_timeout: said.per_try_idle_timeout.and_then(off),
         statuses: said.retriable_status_codes.as_slice().into(),
         avoid_previous_hosts: said.avoid_previous_hosts,
         host_selection_attempts: said.host_selection_attempts,

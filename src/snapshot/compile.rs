@@ -204,6 +204,10 @@ impl Work<'_> {
         if config.kind == model::ClusterKind::DynamicForwardProxy {
             sink.error("", "dynamic forward proxy clusters are not supported; it has no hosts".to_owned());
         }
+        if config.close_on_host_failure {
+            let why = "connections of a host that fails end with their requests, not before".to_owned();
+            sink.error("close_connections_on_host_health_failure", why);
+        }
         let refused = (!config.unsupported.is_empty()).then(|| {
             let names = config.unsupported.join(", ");
             sink.error("filters", format!("{names} is not supported; no connection is opened"));
@@ -332,16 +336,19 @@ fn listener(config: Arc<model::Listener>, chains: ChainMatcher, sink: &mut Sink<
             None
         }
     };
-    let additional = said.additional_addresses.iter().filter_map(|address| match address {
-        model::Address::Socket(address) => Some(*address),
-        _ => None,
-    });
+    let mut additional = Vec::new();
+    for address in &said.additional_addresses {
+        match address {
+            model::Address::Socket(address) => additional.push(*address),
+            other => sink.error("additional_addresses", format!("{other:?} is not supported; nothing listens there")),
+        }
+    }
     let has = |wanted: fn(&model::ListenerFilterKind) -> bool| said.listener_filters.iter().any(|f| wanted(&f.kind));
     let original_dst = said.use_original_dst || has(|kind| matches!(kind, model::ListenerFilterKind::OriginalDst));
     Listener {
         name: Arc::clone(&said.name),
         address,
-        additional: additional.collect(),
+        additional: additional.into(),
         direction: said.direction,
         bound: said.bind_to_port && address.is_some(),
         use_original_dst: said.use_original_dst,
@@ -353,7 +360,6 @@ fn listener(config: Arc<model::Listener>, chains: ChainMatcher, sink: &mut Sink<
         }),
         proxy_protocol: has(|kind| matches!(kind, model::ListenerFilterKind::ProxyProtocol)),
         exact_balance: said.exact_balance,
-        max_accepts_per_event: said.max_accepts_per_event,
         access_log: access_logs(&said.access_log, sink),
         inspectors: Inspectors::new(said),
         chains,

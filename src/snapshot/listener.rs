@@ -36,8 +36,6 @@ pub struct Listener {
     pub proxy_protocol: bool,
     /// Connections are balanced exactly.
     pub exact_balance: bool,
-    /// Accepts taken per readiness event.
-    pub max_accepts_per_event: Option<u32>,
     /// Logs of connections without a chain.
     pub access_log: Arc<AccessLogs>,
     /// What was said.

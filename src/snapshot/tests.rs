@@ -407,6 +407,10 @@ fn zero_switches_limits_off() {
 #[test]
 fn a_route_that_does_not_compile_leaves_its_siblings() {
     let RouteAction::Forward(mut rewriting) = to(A) else { unreachable!() };
+    let RouteAction::Forward(mut impatient) = to(A) else { unreachable!() };
+    let retry =
+        model::RetryPolicy { per_try_idle_timeout: Some(Duration::from_secs(1)), ..model::RetryPolicy::default() };
+    impatient.retry = Some(retry);
     rewriting.regex_rewrite = Some(("(".into(), "x".into()));
     let mut model = small();
     let mut with_filter = route(prefix("/filter"), to(A));
@@ -414,6 +418,7 @@ fn a_route_that_does_not_compile_leaves_its_siblings() {
     let routes = vec![
         route(PathMatch::Regex("[".into()), to(A)),
         route(prefix("/rewrite"), RouteAction::Forward(rewriting)),
+        route(prefix("/impatient"), RouteAction::Forward(impatient)),
         route(prefix("/hash"), RouteAction::Unsupported("cluster_header".into())),
         with_filter,
         route(prefix("/"), to(A)),
@@ -427,17 +432,28 @@ fn a_route_that_does_not_compile_leaves_its_siblings() {
             "virtual_hosts[v].routes[0].match",
             "virtual_hosts[v].routes[1].action",
             "virtual_hosts[v].routes[2].action",
-            "virtual_hosts[v].routes[3].typed_per_filter_config"
+            "virtual_hosts[v].routes[3].action",
+            "virtual_hosts[v].routes[4].typed_per_filter_config"
         ]
     );
     assert!(rejects.iter().all(|r| r.resource == "RouteConfiguration 80" && r.severity == Severity::Error));
     let routes = &snapshot.route_table_named("80").unwrap().virtual_hosts[0].routes;
-    assert_eq!(routes.len(), 4);
+    assert_eq!(routes.len(), 5);
     let unsupported = |i: usize| matches!(routes[i].action, action::Action::Unsupported(_));
-    assert!(unsupported(0) && unsupported(1) && routes[2].unsupported.is_some() && !unsupported(3));
+    assert!((0..3).all(unsupported) && routes[3].unsupported.is_some() && !unsupported(4));
     let (second, still) = compile(Some(&snapshot), &deep(&model), &Secrets::new());
     assert_eq!(still, rejects, "what stays the same is still rejected");
     assert_eq!(ptrs(&second), ptrs(&snapshot));
+}
+
+#[test]
+fn what_is_not_done_is_named() {
+    let mut model = small();
+    change_listener(&mut model, "virtualOutbound", |l| l.additional_addresses.push(Address::Pipe("/s".into())));
+    let eager = Cluster { close_on_host_failure: true, ..cluster(A) };
+    model.clusters.insert(A.into(), Arc::new(eager));
+    let fields: Vec<String> = compile(None, &model, &Secrets::new()).1.into_iter().map(|r| r.field).collect();
+    assert_eq!(fields, ["close_connections_on_host_health_failure", "additional_addresses"]);
 }
 
 fn rbac(principal: Principal) -> model::Rbac {

@@ -163,7 +163,6 @@ mod tests {
             on,
             retries: 2,
             per_try_timeout: None,
-            per_try_idle_timeout: None,
             statuses: [418].into(),
             avoid_previous_hosts: true,
             host_selection_attempts: 5,

@@ -80,7 +80,6 @@ mod tests {
             on: RetryOn::RESET,
             retries: 2,
             per_try_timeout: None,
-            per_try_idle_timeout: None,
             statuses: Box::default(),
             avoid_previous_hosts: true,
             host_selection_attempts: 5,

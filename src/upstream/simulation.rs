@@ -164,7 +164,6 @@ fn policy(rng: &mut fastrand::Rng) -> RetryPolicy {
         on: RetryOn::SERVER_ERROR.and(RetryOn::CONNECT_FAILURE),
         retries: rng.u32(1..4),
         per_try_timeout: rng.bool().then_some(Duration::from_millis(120)),
-        per_try_idle_timeout: None,
         statuses: Box::default(),
         avoid_previous_hosts: rng.bool(),
         host_selection_attempts: 5,

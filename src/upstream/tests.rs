@@ -1,6 +1,8 @@
 //! Real sockets on the loopback: requests, connections, limits and failures end to end.
 #![cfg(test)]
 
+mod streaming;
+
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering::Relaxed;
@@ -160,7 +162,6 @@ fn policy(on: RetryOn) -> RetryPolicy {
         on,
         retries: 2,
         per_try_timeout: None,
-        per_try_idle_timeout: None,
         statuses: Box::default(),
         avoid_previous_hosts: true,
         host_selection_attempts: 60,

@@ -49,7 +49,12 @@ impl Worker {
                 accepted = socket.accept() => accepted,
             };
             match accepted {
-                Ok((tcp, peer)) => self.take(tcp, peer, address),
+                Ok((tcp, peer)) => {
+                    self.take(tcp, peer, address);
+                    // One at a time is within every `max_connections_to_accept_per_socket_event`, and it lets the
+                    // connections that are there go first. It costs a turn of the loop for each connection.
+                    tokio::task::yield_now().await;
+                }
                 Err(e) => match judge(&e) {
                     Trouble::Connection => tracing::debug!("accept on {address}: {e}"),
                     Trouble::Resources => {
