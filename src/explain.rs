@@ -13,12 +13,14 @@ mod call;
 mod live;
 mod target;
 
+use std::borrow::Cow;
 use std::io::Write;
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use anyhow::Result;
 use http::HeaderMap;
+use http::uri::PathAndQuery;
 use proxy_config::model::{self, Direction, TransportProtocol};
 
 pub use answer::Answer;
@@ -29,9 +31,10 @@ use crate::control::{Control, Published, Settings};
 use crate::error::Kind;
 use crate::explain::answer::{ChainTls, Policy, Response, Shadow};
 use crate::explain::call::{Mode, Protocol, Tls};
+use crate::snapshot::path::Outcome;
 use crate::snapshot::{
-    Attributes, Chain, ChainInput, Filter, HttpChain, HttpFilter, Listener, NoRoute, Rbac, RequestView, Snapshot,
-    Terminal, route,
+    Attributes, Chain, ChainInput, Filter, HttpChain, HttpFilter, HttpOptions, Listener, NoRoute, Rbac, RequestView,
+    Snapshot, Terminal, route,
 };
 use crate::tls::Peer;
 
@@ -211,11 +214,18 @@ fn request(asked: &Asked<'_>, http: &HttpChain, terminated: bool, answer: &mut A
         return Err(PROTOCOL);
     }
     answer.route_config = Some(http.route_config().to_string());
+    let path = match normalised(call.request_path(), &http.options) {
+        Ok(path) => path,
+        Err(response) => {
+            answer.response.get_or_insert(response);
+            return Ok(());
+        }
+    };
     let request = RequestView {
         method: &asked.method,
         scheme: if terminated { "https" } else { "http" },
         authority: call.authority(),
-        path: call.request_path(),
+        path: &path,
         headers: &asked.headers,
     };
     policies_of_request(asked, http, &request, answer);
@@ -237,6 +247,18 @@ fn request(asked: &Asked<'_>, http: &HttpChain, terminated: bool, answer: &mut A
             Err(if why == NoRoute::VirtualHost { NO_VIRTUAL_HOST } else { NO_ROUTE })
         }
     }
+}
+
+/// The path as policies and routes see it; or the answer that the client gets instead. Other forms (`*`) stay.
+fn normalised<'p>(said: &'p str, options: &HttpOptions) -> Result<Cow<'p, str>, Response> {
+    let Ok(path) = PathAndQuery::try_from(said) else { return Ok(said.into()) };
+    let (status, location) = match options.normalise(&path) {
+        Outcome::Same => return Ok(said.into()),
+        Outcome::Changed(path) => return Ok(path.as_str().to_owned().into()),
+        Outcome::Redirect(path) => (307, Some(path.as_str().to_owned())),
+        Outcome::Refused => (400, None),
+    };
+    Err(Response { status, flags: "-".to_owned(), details: "path_normalization_failed".to_owned(), location })
 }
 
 fn policies_of_connection(asked: &Asked<'_>, chain: &Chain, answer: &mut Answer) {

@@ -26,7 +26,6 @@ mod limits;
 mod live;
 mod mirror;
 mod ops;
-mod path;
 mod quiet;
 mod reply;
 mod request;

@@ -22,13 +22,13 @@ use super::head::{Head, Malformed};
 use super::headers::{self, Upgrade};
 use super::http::HttpConn;
 use super::limits::Limits;
-use super::path::{self, Outcome, Rules};
 use super::reply::Reply;
 use super::respond::{Answered, write_reply};
 use super::vars::{self, Facts};
 use super::{mirror, ops};
 use crate::error::{Error, Kind};
 use crate::snapshot::action::{Action, Forward, HostRewrite};
+use crate::snapshot::path::Outcome;
 use crate::snapshot::{Found, Route, route};
 use crate::upstream::{self, Call, ClusterLocal, View};
 
@@ -419,14 +419,8 @@ impl Script<'_> {
 const DEADLINE_EXCEEDED: u32 = 4;
 
 fn normalise(head: &mut Head, http: &HttpConn) -> Result<(), Box<Reply>> {
-    let options = &http.chain.options;
-    let rules = Rules {
-        normalize: options.normalize_path,
-        merge_slashes: options.merge_slashes,
-        escaped_slashes: options.escaped_slashes,
-    };
     let refused = || Reply::new(400, "path_normalization_failed", "");
-    match path::normalise(&head.path, rules) {
+    match http.chain.options.normalise(&head.path) {
         Outcome::Same => Ok(()),
         Outcome::Changed(path) => {
             head.path = path;

@@ -23,6 +23,7 @@ mod listener;
 mod logs;
 mod matcher;
 mod metadata;
+pub mod path;
 #[cfg(test)]
 mod property_tests;
 mod rbac;

@@ -7,17 +7,19 @@ use bytes::Bytes;
 use http::uri::PathAndQuery;
 use proxy_config::model::EscapedSlashes;
 
+use super::HttpOptions;
+
 /// Which steps run.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Rules {
-    pub(super) normalize: bool,
-    pub(super) merge_slashes: bool,
-    pub(super) escaped_slashes: EscapedSlashes,
+struct Rules {
+    normalize: bool,
+    merge_slashes: bool,
+    escaped_slashes: EscapedSlashes,
 }
 
 /// What became of a path.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum Outcome {
+pub enum Outcome {
     /// As it was.
     Same,
     /// Another one.
@@ -28,8 +30,20 @@ pub(super) enum Outcome {
     Refused,
 }
 
+impl HttpOptions {
+    /// The path that policy, routes and the application see.
+    pub fn normalise(&self, said: &PathAndQuery) -> Outcome {
+        let rules = Rules {
+            normalize: self.normalize_path,
+            merge_slashes: self.merge_slashes,
+            escaped_slashes: self.escaped_slashes,
+        };
+        normalise(said, rules)
+    }
+}
+
 /// Normalises. The usual path costs one scan and no allocation.
-pub(super) fn normalise(said: &PathAndQuery, rules: Rules) -> Outcome {
+fn normalise(said: &PathAndQuery, rules: Rules) -> Outcome {
     let path = said.path();
     if is_plain(path.as_bytes(), rules.merge_slashes) {
         return Outcome::Same;
