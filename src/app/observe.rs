@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
+use proxy_config::Severity;
 use proxy_config::compile::settings::TEXT_FORMAT;
 use proxy_config::registry::Proxy;
 
@@ -52,7 +53,7 @@ fn labels(proxy: &Proxy) -> NodeLabels {
 pub(super) fn published(news: &Published, telemetry: &Telemetry) {
     telemetry.process.published(news.version);
     let mut rejected = BTreeMap::new();
-    for reject in news.rejects.iter() {
+    for reject in news.rejects.iter().filter(|reject| reject.severity != Severity::Warning) {
         count(&reject.resource, &mut rejected);
     }
     let mut unsupported = BTreeMap::new();

@@ -26,7 +26,7 @@ pub(super) fn subset_of(a: &str, b: &str) -> bool {
 }
 
 /// A name without a dot is a service of the object's own namespace; everything else is complete as it stands.
-pub(super) fn resolve(host: &str, namespace: &str, domain: &str) -> String {
+pub(crate) fn resolve(host: &str, namespace: &str, domain: &str) -> String {
     if host.is_empty() || host == "*" || host.contains(['.', ':']) {
         return host.to_owned();
     }

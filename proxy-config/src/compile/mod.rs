@@ -14,7 +14,7 @@ pub mod destination_rules;
 mod endpoints;
 #[cfg(test)]
 mod fixture;
-mod hosts;
+pub(crate) mod hosts;
 mod http;
 pub mod inbound;
 pub mod jwt;

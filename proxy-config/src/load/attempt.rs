@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
+use super::advice::advice;
 use super::identity::{self, Identity};
 use crate::bootstrap::Node;
 use crate::compile::destination_rules::{self, DestinationRules};
@@ -35,6 +36,7 @@ pub(super) fn compile(objects: &Objects, node: &Node, told_enough: bool) -> Resu
     let identity = identity::identify(node, objects, &catalog, told_enough)?;
     let mut model = Model::default();
     fill(objects, &catalog, &identity, &mut model);
+    model.rejects.extend(advice(objects, &catalog));
     Ok(Compiled { model, identity })
 }
 
@@ -232,16 +234,17 @@ pub(super) fn check(objects: &Objects) -> Vec<Reject> {
             }
         }
     }
-    let services = services::services(objects, DOMAIN, trust_domain(objects), false);
+    let catalog = Catalog::new(objects, trust_domain(objects), "Kubernetes", false);
     for policy in &objects.authorization_policies {
         let selector = policy.spec.selector.clone().unwrap_or_default();
         let proxy =
             Proxy { namespace: policy.meta.namespace.clone(), labels: selector.match_labels, ..Proxy::default() };
         let config = settings::proxy_config(&objects.mesh, &proxy);
         let settings = settings::settings(&objects.mesh, &config, &proxy, &mut Vec::new());
-        policies_of(objects, &proxy, &settings, &services, &mut out);
+        policies_of(objects, &proxy, &settings, &catalog.services, &mut out);
     }
     let proxy = Proxy::default();
     settings::settings(&objects.mesh, &settings::proxy_config(&objects.mesh, &proxy), &proxy, &mut out);
+    out.extend(advice(objects, &catalog));
     out
 }

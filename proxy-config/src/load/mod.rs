@@ -1,5 +1,6 @@
 //! Texts in, one proxy's [`Model`] out: what `proxy`, `explain` and `validate` ask of a folder of YAML.
 
+mod advice;
 mod attempt;
 mod identity;
 

@@ -72,6 +72,11 @@ impl<'o> Catalog<'o> {
         mine().find(|e| e.object == name).or_else(|| mine().next())
     }
 
+    /// Every WorkloadEntry.
+    pub(crate) fn entries(&self) -> &[Workload] {
+        &self.entries
+    }
+
     /// Endpoints of a service port, whatever their health.
     pub(crate) fn endpoints(&self, service: &Service, port: u16) -> Vec<ServiceEndpoint> {
         let Some(port) = service.ports.iter().find(|p| p.number == port) else { return Vec::new() };
