@@ -238,7 +238,10 @@ fn give_to_proxy(root: &Path) -> Result<()> {
 fn machine(workload: &Workload, lab: &mut Lab, root: &Path, proxy: &Path) -> Result<Machine> {
     let space = lab.space(workload.name, &[&format!("{}/8", workload.address)])?;
     space.hosts(HOSTS)?;
-    let out = space.command(&proxy.to_string_lossy()).arg("istio-iptables").output()?;
+    let out = space
+        .command(&proxy.to_string_lossy())
+        .args(["istio-iptables", "-i", "*", "-b", "*", "-d", "15090,15021,15020"])
+        .output()?;
     ensure!(out.status.success(), "istio-iptables: {}", String::from_utf8_lossy(&out.stderr).trim());
     let app = app(workload, &space, root)?;
     let access_log = root.join("logs").join(format!("{}.access.jsonl", workload.name));
