@@ -22,17 +22,18 @@ pub struct Space {
 }
 
 impl Lab {
-    /// An empty network. What an earlier run with the same tag left behind is removed first.
+    /// An empty network. Its names hold this process's id, so that runs do not meet; what runs that are over left
+    /// behind is removed first.
     ///
     /// # Errors
     /// Without the privilege to make namespaces, or without `ip`.
     pub fn new(tag: &str) -> Result<Self> {
-        let prefix = format!("istio-{tag}-");
-        for old in namespaces()?.into_iter().filter(|name| name.starts_with(&prefix)) {
+        for old in namespaces()?.into_iter().filter(|name| is_left_behind(name)) {
             remove(&old);
         }
-        let hub = format!("{prefix}hub");
-        let lab = Self { tag: tag.to_owned(), hub: hub.clone(), spaces: Vec::new() };
+        let tag = format!("{}-{tag}", std::process::id());
+        let hub = format!("istio-{tag}-hub");
+        let lab = Self { tag, hub: hub.clone(), spaces: Vec::new() };
         ip(&["netns", "add", &hub])?;
         ip(&["-n", &hub, "link", "add", "br0", "type", "bridge"])?;
         ip(&["-n", &hub, "link", "set", "br0", "up"])?;
@@ -132,6 +133,13 @@ fn namespaces() -> Result<Vec<String>> {
     let out = Command::new("ip").args(["netns", "list"]).output().context("cannot run ip (package iproute2)")?;
     let text = String::from_utf8_lossy(&out.stdout).into_owned();
     Ok(text.lines().filter_map(|l| l.split_whitespace().next()).map(str::to_owned).collect())
+}
+
+/// Whether a namespace is of a run whose process is gone.
+fn is_left_behind(name: &str) -> bool {
+    let pid = name.strip_prefix("istio-").and_then(|rest| rest.split('-').next());
+    let pid = pid.filter(|pid| !pid.is_empty() && pid.bytes().all(|b| b.is_ascii_digit()));
+    pid.is_some_and(|pid| !PathBuf::from("/proc").join(pid).exists())
 }
 
 /// Ends every process inside and removes the namespace. Best effort: it runs while things fail.
