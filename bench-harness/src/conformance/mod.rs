@@ -3,6 +3,7 @@
 //! The runner knows formats. What is in reach, what may differ and why, is said by rules in `docs/conformance.toml`,
 //! which are predicates over a case's content and the difference, never case names.
 
+mod authz;
 mod calls;
 mod explain;
 mod input;
@@ -103,6 +104,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 
 fn run_set(bench: &Bench<'_>, set: &Set) -> Result<Tally> {
     match set.name.as_str() {
+        "authz" => authz::run(bench, set),
         "simulation" => simulation::run(bench, set),
         "xds" => xds::run(bench, set),
         #[cfg(feature = "conformance")]
