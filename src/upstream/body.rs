@@ -71,6 +71,8 @@ impl Progress {
 pub struct Body {
     source: Source,
     progress: Option<Arc<Progress>>,
+    /// Trailers are left out.
+    bare: bool,
 }
 
 #[derive(Debug)]
@@ -108,7 +110,7 @@ impl std::error::Error for BodyError {}
 impl Body {
     /// No body.
     pub fn empty() -> Self {
-        Self { source: Source::Empty, progress: None }
+        Self { source: Source::Empty, progress: None, bare: false }
     }
 
     /// These bytes.
@@ -116,7 +118,7 @@ impl Body {
         if bytes.is_empty() {
             return Self::empty();
         }
-        Self { source: Source::Full(bytes), progress: None }
+        Self { source: Source::Full(bytes), progress: None, bare: false }
     }
 
     /// What the client sends.
@@ -124,7 +126,7 @@ impl Body {
         if incoming.is_end_stream() {
             return Self::empty();
         }
-        Self { source: Source::Client(incoming), progress: Some(Arc::default()) }
+        Self { source: Source::Client(incoming), progress: Some(Arc::default()), bare: false }
     }
 
     /// A second body that says the same, frame by frame as the first one is read, and never holds it up.
@@ -133,7 +135,7 @@ impl Body {
             (Source::Full(bytes), _) => Self::full(bytes.clone()),
             (Source::Client(incoming), Some(progress)) => {
                 let copy = progress.copies.get_or_init(Copies::default).add(incoming.size_hint());
-                Self { source: Source::Copy(copy), progress: None }
+                Self { source: Source::Copy(copy), progress: None, bare: false }
             }
             _ => Self::empty(),
         }
@@ -142,6 +144,31 @@ impl Body {
     /// The count of a streamed body; `None` when it is known from the start.
     pub fn progress(&self) -> Option<&Arc<Progress>> {
         self.progress.as_ref()
+    }
+
+    fn poll_source(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        match &mut self.source {
+            Source::Empty => Poll::Ready(None),
+            Source::Full(bytes) => {
+                let all = std::mem::take(bytes);
+                self.source = Source::Empty;
+                Poll::Ready(Some(Ok(Frame::data(all))))
+            }
+            Source::Client(incoming) => {
+                let polled = ready!(Pin::new(&mut *incoming).poll_frame(cx));
+                if let Some(progress) = &self.progress {
+                    progress.note(&polled, polled.is_none() || incoming.is_end_stream());
+                }
+                Poll::Ready(polled.map(|frame| frame.map_err(BodyError::Client)))
+            }
+            Source::Replay(replay) => replay.poll(self.progress.as_deref(), cx),
+            Source::Copy(copy) => copy.poll(cx),
+        }
+    }
+
+    /// The same with or without trailers.
+    pub(super) fn with_trailers(self, wanted: bool) -> Self {
+        Self { bare: !wanted, ..self }
     }
 
     /// Makes it a body for several tries, of which up to `limit` bytes are kept.
@@ -154,7 +181,7 @@ impl Body {
                 Repeat::Kept(Arc::new(Mutex::new(kept)), self.progress)
             }
             (source @ (Source::Client(_) | Source::Replay(_) | Source::Copy(_)), _) => {
-                Repeat::Once(Some(Self { source, progress: self.progress }))
+                Repeat::Once(Some(Self { source, progress: self.progress, bare: false }))
             }
         }
     }
@@ -166,22 +193,11 @@ impl http_body::Body for Body {
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let this = &mut *self;
-        match &mut this.source {
-            Source::Empty => Poll::Ready(None),
-            Source::Full(bytes) => {
-                let all = std::mem::take(bytes);
-                this.source = Source::Empty;
-                Poll::Ready(Some(Ok(Frame::data(all))))
+        loop {
+            let polled = ready!(this.poll_source(cx));
+            if !(this.bare && matches!(&polled, Some(Ok(frame)) if frame.is_trailers())) {
+                return Poll::Ready(polled);
             }
-            Source::Client(incoming) => {
-                let polled = ready!(Pin::new(&mut *incoming).poll_frame(cx));
-                if let Some(progress) = &this.progress {
-                    progress.note(&polled, polled.is_none() || incoming.is_end_stream());
-                }
-                Poll::Ready(polled.map(|frame| frame.map_err(BodyError::Client)))
-            }
-            Source::Replay(replay) => replay.poll(this.progress.as_deref(), cx),
-            Source::Copy(copy) => copy.poll(cx),
         }
     }
 
@@ -230,7 +246,7 @@ impl Repeat {
                 inner.turn += 1;
                 let replay = Replay { kept: Arc::clone(kept), turn: inner.turn, at: 0 };
                 drop(inner);
-                Some(Body { source: Source::Replay(replay), progress: progress.clone() })
+                Some(Body { source: Source::Replay(replay), progress: progress.clone(), bare: false })
             }
         }
     }

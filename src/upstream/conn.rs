@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, LazyLock, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -281,7 +281,11 @@ pub(super) async fn establish(
     key: &Key,
     connected: Connected,
 ) -> Result<(Sender, Arc<Line>), Failure> {
-    let hello = Hello { alpn: key.alpn(), host: key.sni.as_deref(), client: key.client };
+    let hello = Hello {
+        alpn: key.alpn().or_else(|| unsaid(&pool.place, key.h2)),
+        host: key.sni.as_deref(),
+        client: key.client,
+    };
     let mut opened = pool.place.open(hello).await?;
     let line = Line::new(&mut opened, connected);
     let io = TokioIo::new(Metered { stream: opened.stream, line: Arc::clone(&line) });
@@ -303,6 +307,13 @@ pub(super) async fn establish(
     let (sender, conn) = builder.handshake(io).await.map_err(broken)?;
     tokio::spawn(drive(conn.with_upgrades(), Arc::clone(&line), Arc::downgrade(pool)));
     Ok((Sender::H1(sender), line))
+}
+
+/// What HTTP offers where the cluster names no protocols: its version's own. (A relayed connection offers nothing then.)
+fn unsaid(place: &Place, h2: bool) -> Option<&'static [String]> {
+    static OWN: LazyLock<[[String; 1]; 2]> = LazyLock::new(|| [["http/1.1".to_owned()], ["h2".to_owned()]]);
+    let none = tls_of(&place.transport).is_some_and(|tls| tls.alpn().is_empty());
+    none.then(|| &OWN[usize::from(h2)][..])
 }
 
 fn h2_builder(config: &Cluster) -> http2::Builder<TokioExecutor> {

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
-use http::header::{HOST, HeaderValue};
+use http::header::{CONTENT_LENGTH, HOST, HeaderValue, TRANSFER_ENCODING};
 use http::uri::{Authority, PathAndQuery};
-use http::{Request, Uri, Version};
+use http::{Request, StatusCode, Uri, Version};
 use hyper::body::Incoming;
 use proxy_config::model::UpstreamProtocol;
 use tokio::time::Instant;
@@ -309,8 +309,10 @@ impl Exchange<'_> {
         let Some(body) = self.body.next() else {
             return Failed::before(Error::local(Kind::Internal));
         };
+        // Over HTTP/1 trailers end here, whichever side speaks it.
+        let trailers = lease.is_h2() && self.call.downstream_version == Version::HTTP_2;
         let request = match self.head(lease.is_h2()) {
-            Ok(head) => Request::from_parts(head, body),
+            Ok(head) => Request::from_parts(head, body.with_trailers(trailers)),
             Err(error) => return Failed::before(error),
         };
         let active = Active::enter(&lease.pool.place.host.stats, &self.call.cluster.metrics);
@@ -321,6 +323,10 @@ impl Exchange<'_> {
             () = limit.over() => None,
         };
         match sent {
+            Some(Ok(response)) if !lease.is_h2() && !is_sound(&response) => {
+                let error = Error::upstream(Kind::UpstreamProtocol);
+                Tried::Failed(Failed { error, reused, unsent: false, answered: true })
+            }
             Some(Ok(response)) => {
                 trace.first_byte = Some(Instant::now());
                 note_keep_alive(&lease, &response);
@@ -392,6 +398,14 @@ impl Exchange<'_> {
             *expected = u64::try_from(limit.as_millis()).unwrap_or(u64::MAX).into();
         }
     }
+}
+
+/// Whether the codec and everybody after it agree where the response ends (RFC 9112 §6.3): two ways to tell its length, or a
+/// length where there can be no body, are how a response is smuggled.
+fn is_sound(response: &http::Response<Incoming>) -> bool {
+    let headers = response.headers();
+    let Some(length) = headers.get(CONTENT_LENGTH) else { return true };
+    !headers.contains_key(TRANSFER_ENCODING) && (response.status() != StatusCode::NO_CONTENT || length == "0")
 }
 
 /// A peer may say how long it keeps an idle connection.

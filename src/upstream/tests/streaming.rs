@@ -12,7 +12,7 @@ use tokio::sync::oneshot;
 use super::*;
 
 /// A request body that is still on its way, with the client's end of its connection.
-async fn streamed(length: usize) -> (DuplexStream, Body) {
+async fn streamed(framing: &str) -> (DuplexStream, Body) {
     let (mut client, server) = tokio::io::duplex(1024);
     let (told, request) = oneshot::channel();
     let told = Arc::new(Mutex::new(Some(told)));
@@ -21,7 +21,7 @@ async fn streamed(length: usize) -> (DuplexStream, Body) {
         std::future::pending::<Result<http::Response<Empty<Bytes>>, Infallible>>()
     });
     tokio::spawn(hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(server), service));
-    let head = format!("POST / HTTP/1.1\r\nhost: x\r\ncontent-length: {length}\r\n\r\n");
+    let head = format!("POST / HTTP/1.1\r\nhost: x\r\n{framing}\r\n\r\n");
     client.write_all(head.as_bytes()).await.unwrap();
     (client, Body::from_client(request.await.unwrap()))
 }
@@ -34,7 +34,7 @@ async fn a_streamed_body_is_said_again() {
         let cluster = local(cluster("c"), &[server.port()]);
         let policy = policy(RetryOn::SERVER_ERROR);
         let call = Call { retry: Some(&policy), replay_limit: limit, ..Call::new(&cluster) };
-        let (mut client, body) = streamed(8).await;
+        let (mut client, body) = streamed("content-length: 8").await;
         let feed = async {
             for part in ["four", "more"] {
                 client.write_all(part.as_bytes()).await.unwrap();
@@ -48,6 +48,38 @@ async fn a_streamed_body_is_said_again() {
             let (_, request) = server.request().await;
             assert!(request.ends_with("\r\n\r\nfourmore"), "{request}");
         }
+        assert_settled(&cluster.shared);
+    }
+}
+
+/// Over HTTP/1 trailers end here.
+#[tokio::test]
+async fn trailers_end_with_http1() {
+    let mut server = Server::start([]).await;
+    let cluster = local(cluster("c"), &[server.port()]);
+    let (mut client, body) = streamed("transfer-encoding: chunked").await;
+    client.write_all(b"0\r\nx-t: 1\r\n\r\n").await.unwrap();
+    let mut head = parts(Method::POST);
+    head.headers.insert("trailer", "x-t".parse().unwrap());
+    let mut trace = Trace::default();
+    send(&Call::new(&cluster), head, body, &mut trace).await.unwrap();
+    // Chunks are not read by the server: they stand where the next request would.
+    server.request().await;
+    assert_eq!(server.request().await.1, "0\r\n\r\n");
+}
+
+/// Two lengths, or a length where there is no body.
+#[tokio::test]
+async fn responses_of_doubtful_length_are_refused() {
+    for doubtful in [
+        "HTTP/1.1 200 OK\r\ncontent-length: 3\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n",
+        "HTTP/1.1 204 No Content\r\ncontent-length: 3\r\n\r\nabc",
+    ] {
+        let mut server = Server::start([Reply::Say(doubtful)]).await;
+        let cluster = local(cluster("c"), &[server.port()]);
+        assert_eq!(get(&cluster).await.unwrap_err().0.kind, Kind::UpstreamProtocol, "{doubtful}");
+        server.request().await;
+        assert_eq!(server.closed.recv().await.unwrap(), 1);
         assert_settled(&cluster.shared);
     }
 }
