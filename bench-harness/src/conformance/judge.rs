@@ -1,6 +1,8 @@
 //! Compares what was recorded on the wire with what happened: conformance.md's rules, nothing about single cases.
 
-use serde_json::{Map, Value};
+use std::collections::BTreeSet;
+
+use serde_json::{Map, Value, json};
 
 use super::tally::Difference;
 
@@ -143,7 +145,16 @@ fn counts(expected: &Value, seen: &Value, at: &mut At<'_>) {
         out
     };
     let (expected, seen) = (tidy(expected), tidy(seen));
-    if expected != seen {
+    // Which of several equal endpoints gets how much is no part of any case: the same answers with each status, and the same
+    // numbers of them, are the same.
+    let shape = |of: &Map<String, Value>| -> Vec<(String, u64)> {
+        let status = |key: &String| key.split(' ').next().unwrap_or_default().to_owned();
+        let mut all: Vec<_> = of.iter().map(|(key, count)| (status(key), count.as_u64().unwrap_or(0))).collect();
+        all.sort();
+        all
+    };
+    let same_answers = expected.keys().eq(seen.keys());
+    if expected != seen && !(same_answers && shape(&expected) == shape(&seen)) {
         at.tell(".counts", Value::Object(expected), Value::Object(seen));
     }
 }
@@ -169,7 +180,13 @@ fn answer(expect: &Value, seen: &Value, refusal: bool, at: &mut At<'_>) {
     if !expect["reason"].is_null() && expect["reason"] != seen["reason"] {
         at.tell(".reason", &expect["reason"], &seen["reason"]);
     }
-    bytes("body", expect, seen, at);
+    // Of a body that was cut between its chunks the recordings keep the chunks.
+    let chunked = list(&expect["headers"]).iter().any(|h| h[0] == "transfer-encoding");
+    if let (true, true, Some(raw)) = (chunked, expect["incomplete"] == true, expect["body"].as_str()) {
+        bytes("body", &json!({"body": unchunked(raw)}), seen, at);
+    } else {
+        bytes("body", expect, seen, at);
+    }
     bytes("bytes", expect, seen, at);
     for field in ["headers", "trailers"] {
         if expect[field].is_array() {
@@ -203,10 +220,49 @@ fn bytes(name: &str, expect: &Value, seen: &Value, at: &mut At<'_>) {
         return;
     };
     let got = decoded(name, seen).unwrap_or_default();
-    if expected != got {
+    if expected != got && !stands_for(&expected, &got) {
         let show = |b: &[u8]| format!("{:?}", String::from_utf8_lossy(b));
         at.tell(&format!(".{name}"), show(&expected), show(&got));
     }
+}
+
+/// What the recordings write for bytes that are long or change from run to run.
+fn stands_for(expected: &[u8], got: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(expected);
+    if text == "<TLS ClientHello>" {
+        return got.starts_with(&[0x16, 3]);
+    }
+    if let Some(length) = text.strip_prefix('<').and_then(|t| t.strip_suffix(" bytes>")) {
+        return length.parse() == Ok(got.len());
+    }
+    // A message whole: its header lines in any order, as elsewhere.
+    let seen = String::from_utf8_lossy(got);
+    let (Some((head, body)), Some((seen_head, seen_body))) = (text.split_once("\r\n\r\n"), seen.split_once("\r\n\r\n"))
+    else {
+        return false;
+    };
+    let lines = |head: &str| -> (String, Value) {
+        let mut lines = head.split("\r\n");
+        let first = lines.next().unwrap_or_default().to_owned();
+        let pair = |line: &str| line.split_once(": ").map(|(name, value)| Value::from(vec![name, value]));
+        (first, lines.filter_map(pair).collect())
+    };
+    let ((first, wanted), (seen_first, headers_seen)) = (lines(head), lines(seen_head));
+    let mut out = Out::default();
+    headers("", &wanted, &headers_seen, &mut out.at(String::new()));
+    first == seen_first && body == seen_body && out.found.is_empty()
+}
+
+/// The data of chunks, of which the last may be missing.
+fn unchunked(text: &str) -> String {
+    let mut out = String::new();
+    let mut rest = text;
+    while let Some((size, after)) = rest.split_once("\r\n") {
+        let Ok(size @ 1..) = usize::from_str_radix(size, 16) else { break };
+        out.extend(after.chars().take(size));
+        rest = after.get(size..).map_or("", |r| r.trim_start_matches("\r\n"));
+    }
+    out
 }
 
 fn decoded(name: &str, of: &Value) -> Option<Vec<u8>> {
@@ -254,7 +310,11 @@ fn fits(expected: &str, seen: &str) -> bool {
 }
 
 fn apps(expected: &Value, report: &Value, at: &mut At<'_>) {
-    let expected: Vec<&Value> = list(expected).iter().filter(|e| e["emptyConnection"] != true).collect();
+    let expected: Vec<&Value> = list(expected)
+        .iter()
+        // What Envoy's own admin page says of its endpoints is no observation of an application.
+        .filter(|e| e["emptyConnection"] != true && (e["endpoints"].is_null() || e["summary"] == true))
+        .collect();
     if let Some(summary) = expected.iter().find(|e| e["summary"] == true) {
         return summaries(summary, report, at);
     }
@@ -292,9 +352,7 @@ fn entry(expected: &Value, seen: &Value, at: &mut At<'_>) {
         headers("trailers", &expected["trailers"], &seen["trailers"], at);
     }
     bytes("body", expected, seen, at);
-    if expected["bytes"] != "<TLS ClientHello>" || seen["bytes"] != "<TLS ClientHello>" {
-        bytes("bytes", expected, seen, at);
-    }
+    bytes("bytes", expected, seen, at);
     if expected["tls"].is_object() {
         tls(expected, seen, at);
     }
@@ -367,11 +425,17 @@ fn has_other(expected: &Value) -> bool {
 
 fn same_line(wanted: &Value, seen: &Value, refusal: bool) -> bool {
     let kind = text(&wanted["kind"]) == text(&seen["kind"]) || wanted["kind"] == "conn";
-    let flags = text(&wanted["flags"]) == text(&seen["flags"]);
+    let set = |of: &Value| -> BTreeSet<String> { text(&of["flags"]).split(',').map(str::to_owned).collect() };
+    let flags = set(wanted) == set(seen);
     let code = wanted["code"].as_u64().is_none_or(|code| seen["code"].as_u64() == Some(code));
     let details = text(&wanted["details"]);
     let free = refusal || details.is_empty() || details == "-";
-    kind && flags && code && (free || details == text(&seen["details"]))
+    kind && flags && code && (free || without_text(details) == without_text(text(&seen["details"])))
+}
+
+/// Details without the library's own words about a failed connection.
+fn without_text(details: &str) -> &str {
+    details.split('|').next().unwrap_or_default().trim_end_matches('}')
 }
 
 fn line(of: &Value) -> String {
@@ -381,8 +445,6 @@ fn line(of: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     fn case() -> Value {
@@ -416,6 +478,30 @@ mod tests {
         assert_eq!(with(&|h| h.log[0]["details"] = json!("other")), ["log"]);
         assert_eq!(with(&|h| h.log.clear()), ["log"]);
         assert_eq!(with(&|h| h.steps[0]["handshake"] = json!("alert:x")), ["steps[0].handshake"]);
+    }
+
+    #[test]
+    fn tokens_stand_for_bytes() {
+        let fits = |expected: &str, got: &str| stands_for(expected.as_bytes(), got.as_bytes());
+        assert!(fits("<TLS ClientHello>", "\u{16}\u{3}x") && !fits("<TLS ClientHello>", "GET"));
+        assert!(fits("<3 bytes>", "abc") && !fits("<3 bytes>", "ab"));
+        let message = "HTTP/1.1 200 OK\r\na: <ms>\r\nb: 2\r\n\r\nok";
+        assert!(fits(message, "HTTP/1.1 200 OK\r\nb: 2\r\na: 17\r\n\r\nok"));
+        assert!(!fits(message, "HTTP/1.1 200 OK\r\nb: 2\r\na: 17\r\n\r\nno"));
+        assert!(!fits(message, "HTTP/1.1 200 OK\r\nb: 2\r\n\r\nok"));
+        assert_eq!(unchunked("3\r\nabc\r\n2\r\nde"), "abcde");
+    }
+
+    #[test]
+    fn equal_endpoints_may_change_places() {
+        let differ = |expected: Value, seen: Value| {
+            let mut out = Out::default();
+            counts(&expected, &seen, &mut out.at(String::new()));
+            !out.found.is_empty()
+        };
+        assert!(!differ(json!({"500 A": 5, "500 B": 55}), json!({"500 A": 55, "500 B": 5})));
+        assert!(differ(json!({"500 A": 5, "500 B": 55}), json!({"500 A": 30, "500 B": 30})));
+        assert!(differ(json!({"200 A": 20}), json!({"200 B": 20})));
     }
 
     #[test]

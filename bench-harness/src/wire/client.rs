@@ -99,7 +99,11 @@ impl Client {
             return Err(json!({"error": format!("{} is no address", said["connect"])}));
         };
         let from = said["from"].as_str().and_then(|a| a.parse().ok()).or(self.from);
-        let tcp = Conn::open(to, from).await.map_err(|e| json!({"connection": "refused", "error": e.to_string()}))?;
+        let tcp = Conn::open(to, from).await.map_err(|e| {
+            // A reset may be there before the connection is looked at for the first time.
+            let reset = e.kind() == std::io::ErrorKind::ConnectionReset;
+            json!({"connection": if reset { "reset" } else { "refused" }, "error": e.to_string()})
+        })?;
         let mut out = Map::new();
         if said["tls"].is_null() {
             return Ok((Conn::Plain(tcp), out));
@@ -216,14 +220,25 @@ async fn two(mut conn: Conn, said: &Value, limit: Duration, out: &mut Map<String
         out.insert("connection".to_owned(), json!(ending(refusal.end.as_ref())));
         return;
     }
-    match http2::exchange(conn, requests, limit).await {
-        Ok((mut answers, state)) => {
-            if requests.is_array() {
-                out.insert("streams".to_owned(), Value::Array(answers));
-            } else if let Some(Value::Object(answer)) = answers.pop() {
-                out.extend(answer);
+    let more = said["more"].as_array().map_or(&[][..], Vec::as_slice);
+    match http2::exchange(conn, std::iter::once(said).chain(more), limit).await {
+        Ok((answers, state)) => {
+            let tell = |(said, mut answers): (&Value, Vec<Value>)| {
+                let mut out = Map::new();
+                if said["h2"].is_array() {
+                    out.insert("streams".to_owned(), Value::Array(answers));
+                } else if let Some(Value::Object(answer)) = answers.pop() {
+                    out.extend(answer);
+                }
+                out.insert("connection".to_owned(), json!(state));
+                out
+            };
+            let mut told = std::iter::once(said).chain(more).zip(answers).map(tell);
+            out.extend(told.next().into_iter().flatten());
+            let more: Vec<Value> = told.map(Value::Object).collect();
+            if !more.is_empty() {
+                out.insert("more".to_owned(), Value::Array(more));
             }
-            out.insert("connection".to_owned(), json!(state));
         }
         Err(error) => {
             out.insert("connection".to_owned(), json!("closed"));
@@ -335,7 +350,9 @@ impl Tally {
             return format!("streams {}", streams.len());
         }
         let Some(status) = answer["status"].as_u64() else {
-            let bytes = answer["bytes"].as_str().unwrap_or_default();
+            // The recordings keep bytes that are no text elsewhere.
+            let is_text = |t: &&str| t.chars().all(|c| !c.is_control() || matches!(c, '\r' | '\n' | '\t'));
+            let bytes = answer["bytes"].as_str().filter(is_text).unwrap_or_default();
             return format!("- {bytes} {}", answer["connection"].as_str().unwrap_or_default());
         };
         let overloaded = answer["headers"].as_array().into_iter().flatten().any(|h| h[0] == "x-envoy-overloaded");

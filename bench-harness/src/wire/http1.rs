@@ -156,7 +156,9 @@ impl Reader {
 fn parse(text: &str) -> Head {
     let mut lines = text.split("\r\n");
     let line = lines.next().unwrap_or_default().to_owned();
-    Head { line, headers: lines.filter_map(header).collect() }
+    // A line that is no header is shown whole, so that it is not overlooked.
+    let line_of = |text: &str| header(text).unwrap_or_else(|| (text.to_ascii_lowercase(), String::new()));
+    Head { line, headers: lines.map(line_of).collect() }
 }
 
 fn header(line: &str) -> Option<(String, String)> {

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
+use h2::client::SendRequest;
 use h2::{RecvStream, SendStream};
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use serde_json::{Map, Value, json};
@@ -13,21 +14,48 @@ use super::conn::Conn;
 use super::server::Notes;
 use super::value::{bytes_at, pairs, put_bytes};
 
-/// Sends one or several concurrent requests on a new connection. Returns what came back, one answer for each, and the
-/// connection's state (`kept`, `closed`).
+/// Sends the requests of steps on one new connection: those of a step at a time, one step after the other. Returns what
+/// came back, for each step one answer for each request, and the connection's state (`kept`, `closed`).
 ///
 /// # Errors
 /// When the connection cannot be set up.
-pub(super) async fn exchange(conn: Conn, said: &Value, limit: Duration) -> Result<(Vec<Value>, String), h2::Error> {
+pub(super) async fn exchange<'s>(
+    conn: Conn,
+    steps: impl Iterator<Item = &'s Value>,
+    limit: Duration,
+) -> Result<(Vec<Vec<Value>>, String), h2::Error> {
     let (mut sender, connection) = h2::client::handshake(conn).await?;
     let driver = tokio::spawn(async move { connection.await.err().map(|e| e.to_string()) });
-    let requests = said.as_array().map_or_else(|| vec![said.clone()], Clone::clone);
-    let mut pending = Vec::new();
-    for request in &requests {
+    let mut all = Vec::new();
+    for step in steps {
+        if let Some(pause) = step["pauseBeforeMs"].as_u64() {
+            tokio::time::sleep(Duration::from_millis(pause)).await;
+        }
         sender = match sender.ready().await {
             Ok(sender) => sender,
-            Err(error) => return Ok((vec![failure(&error)], "closed".to_owned())),
+            Err(error) => {
+                all.push(vec![failure(&error)]);
+                return Ok((all, "closed".to_owned()));
+            }
         };
+        let said = &step["h2"];
+        let requests = said.as_array().map_or_else(|| vec![said.clone()], Clone::clone);
+        all.push(together(&mut sender, &requests, limit).await);
+    }
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let state = if driver.is_finished() { "closed" } else { "kept" };
+    driver.abort();
+    Ok((all, state.to_owned()))
+}
+
+/// Concurrent requests.
+async fn together(sender: &mut SendRequest<Bytes>, requests: &[Value], limit: Duration) -> Vec<Value> {
+    let mut pending = Vec::new();
+    for request in requests {
+        if let Err(error) = std::future::poll_fn(|cx| sender.poll_ready(cx)).await {
+            pending.push(tokio::spawn(async move { failure(&error) }));
+            continue;
+        }
         let ends = request["data"].is_null() && request["dataBase64"].is_null() && request["trailers"].is_null();
         let open = request["keepOpen"] == true;
         let sent = sender.send_request(client_head(request), ends && !open);
@@ -45,10 +73,7 @@ pub(super) async fn exchange(conn: Conn, said: &Value, limit: Duration) -> Resul
     for answer in pending {
         answers.push(answer.await.unwrap_or_else(|e| json!({"error": e.to_string()})));
     }
-    tokio::time::sleep(Duration::from_millis(100)).await;
-    let state = if driver.is_finished() { "closed" } else { "kept" };
-    driver.abort();
-    Ok((answers, state.to_owned()))
+    answers
 }
 
 fn client_head(request: &Value) -> Request<()> {

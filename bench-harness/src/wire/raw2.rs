@@ -42,6 +42,7 @@ pub(super) fn is_odd(request: &Value) -> bool {
     let banned = ["connection", "keep-alive", "transfer-encoding", "upgrade", "proxy-connection"];
     let bad = headers.iter().any(|(name, value)| {
         banned.contains(&name.as_str())
+            || name.is_empty()
             || name.chars().any(|c| c.is_ascii_uppercase() || c == ' ')
             || (name == "te" && value != "trailers")
             || value.chars().any(|c| c.is_control())

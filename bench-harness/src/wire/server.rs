@@ -21,6 +21,9 @@ const LONG: Duration = Duration::from_secs(30);
 /// What an application that meets a ClientHello answers: handshake_failure.
 const TLS_ALERT: [u8; 7] = [0x15, 3, 3, 0, 2, 2, 0x28];
 
+/// Record type of a ClientHello.
+const TLS_HANDSHAKE: u8 = 0x16;
+
 /// What all applications of a case saw.
 #[derive(Default)]
 pub(super) struct Notes {
@@ -203,12 +206,22 @@ async fn accept(listener: TcpListener, app: App) {
 
 async fn one(tcp: TcpStream, app: App, mut base: Map<String, Value>) {
     tcp.set_nodelay(true).ok();
-    match app.said["onConnect"].as_str() {
-        Some("close") => return,
-        Some(_) => return Conn::Plain(tcp).abort(),
-        None => {}
+    if let Some(end) = app.said["onConnect"].as_str() {
+        let closes = end == "close";
+        base.insert("version".to_owned(), json!("tcp"));
+        base.insert("end".to_owned(), json!(if closes { "closed-by-backend" } else { "reset-by-backend" }));
+        put_bytes(&mut base, "bytes", &[]);
+        app.notes.saw(Value::Object(base));
+        if !closes {
+            Conn::Plain(tcp).abort();
+        }
+        return;
     }
     let tls = &app.said["tls"];
+    let mut first = [0];
+    if !tls.is_null() && matches!(tcp.peek(&mut first).await, Ok(1)) && first[0] != TLS_HANDSHAKE {
+        return plaintext(Conn::Plain(tcp), &app, base).await;
+    }
     if tls.is_null() {
         let protocol = app.said["protocol"].as_str().unwrap_or("h1").to_owned();
         return speak(Conn::Plain(tcp), app, base, &protocol).await;
@@ -235,6 +248,15 @@ async fn one(tcp: TcpStream, app: App, mut base: Map<String, Value>) {
             app.notes.saw(Value::Object(base));
         }
     }
+}
+
+/// A client that should have spoken TLS.
+async fn plaintext(mut conn: Conn, app: &App, mut base: Map<String, Value>) {
+    let mut bytes = Vec::new();
+    conn.read(&mut bytes, LONG).await;
+    base.insert("version".to_owned(), json!("plaintext-to-tls-backend"));
+    put_bytes(&mut base, "bytes", &bytes);
+    app.notes.saw(Value::Object(base));
 }
 
 async fn speak(conn: Conn, app: App, base: Map<String, Value>, protocol: &str) {

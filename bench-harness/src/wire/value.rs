@@ -23,15 +23,16 @@ pub(super) fn bytes_at(of: &Value, name: &str) -> Option<Vec<u8>> {
 
 /// Everything a step or a script entry sends, with the pause after each part in milliseconds.
 pub(super) fn parts_of(of: &Value) -> Vec<(Vec<u8>, u64)> {
+    let whole = bytes_at(of, "send").map(|bytes| (bytes, 0));
     if let Some(parts) = of["sendParts"].as_array() {
         let part = |p: &Value| (bytes_of(p[0].as_str().unwrap_or_default()), p[1].as_u64().unwrap_or(0));
-        return parts.iter().map(part).collect();
+        return whole.into_iter().chain(parts.iter().map(part)).collect();
     }
     if let Some(text) = of["sendRepeat"][0].as_str() {
         let times = usize::try_from(of["sendRepeat"][1].as_u64().unwrap_or(1)).unwrap_or(1);
         return vec![(bytes_of(text).repeat(times), 0)];
     }
-    bytes_at(of, "send").map(|bytes| vec![(bytes, 0)]).unwrap_or_default()
+    whole.into_iter().collect()
 }
 
 /// Writes bytes under `NAME` (one character a byte).
