@@ -37,6 +37,17 @@ pub(super) fn write(case: &Case, folder: &Path) -> Result<()> {
     Ok(fs::write(folder.join("bench.yaml"), yaml)?)
 }
 
+/// A configuration that says who the caller is and nothing else.
+///
+/// # Errors
+/// When the file cannot be written.
+pub(super) fn write_empty(folder: &Path) -> Result<()> {
+    fs::create_dir_all(folder)?;
+    let mut yaml = "apiVersion: v1\nkind: Namespace\nmetadata: {name: frontend}\n".to_owned();
+    pod(&mut yaml, "a", "frontend", "frontend-sa", A);
+    Ok(fs::write(folder.join("bench.yaml"), yaml)?)
+}
+
 fn pod(yaml: &mut String, name: &str, namespace: &str, account: &str, address: &str) {
     write!(
         yaml,

@@ -123,6 +123,10 @@ impl<'a> Rig<'a> {
                 proxies.push(self.start(peer, "a", &self.a)?);
             }
         }
+        if peer != Peer::Direct {
+            let status = self.refused()?;
+            ensure!(status == "403", "{}: {peer:?} answers {status} where policy refuses", self.case.name);
+        }
         let pids: Vec<u32> = proxies.iter().map(Running::pid).collect();
         let measured = self.load(peer, &pids).with_context(|| {
             let printed: Vec<String> = proxies.iter().map(Running::printed).collect();
@@ -172,21 +176,42 @@ impl<'a> Rig<'a> {
         Ok(running)
     }
 
+    /// Where calls come from, and where they go.
+    fn way(&self) -> Result<(&Space, SocketAddr)> {
+        let (from, address) = if self.case.pair { (&self.a, vip(0)) } else { (&self.b, B.to_owned()) };
+        Ok((from, SocketAddr::new(address.parse::<Ipv4Addr>()?.into(), PORT)))
+    }
+
+    /// The caller's own certificate, where it speaks TLS itself.
+    fn client_certs(&self) -> Option<PathBuf> {
+        (self.case.mtls && !self.case.pair).then(|| self.folder.path().join("certs").join("a"))
+    }
+
+    /// Status of a request that no policy allows.
+    fn refused(&self) -> Result<String> {
+        let (from, target) = self.way()?;
+        let mut command = from.command("curl");
+        command.args(["-s", "-o", "/dev/null", "-w", "%{http_code}", "-m", "5", "--http1.1", "-H"]);
+        command.arg(format!("host: {}", host(0)));
+        let certs = self.client_certs();
+        if let Some(certs) = &certs {
+            command.arg("-k").arg("--cert").arg(certs.join("cert-chain.pem")).arg("--key").arg(certs.join("key.pem"));
+        }
+        let scheme = if certs.is_some() { "https" } else { "http" };
+        let out = command.arg(format!("{scheme}://{target}/for-nobody")).output().context("cannot run curl")?;
+        Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+    }
+
     fn load(&self, peer: Peer, pids: &[u32]) -> Result<Measured> {
-        let from = if self.case.pair { &self.a } else { &self.b };
-        let target: SocketAddr = if self.case.pair {
-            SocketAddr::new(vip(0).parse::<Ipv4Addr>()?.into(), PORT)
-        } else {
-            SocketAddr::new(B.parse::<Ipv4Addr>()?.into(), PORT)
-        };
+        let (from, target) = self.way()?;
         // The redirect leaves the proxy's own user alone.
         let mut command = if peer == Peer::Direct { from.command_as_proxy("taskset") } else { from.command("taskset") };
         command.args(["-c", LOAD_CORE]).arg(std::env::current_exe()?).args(["bench-load", "--target"]);
         command.arg(target.to_string()).args(["--host", &host(0)]);
         command.args(["--seconds", &self.programs.seconds.to_string()]);
         command.args(["--connections", &self.programs.connections.to_string()]);
-        if self.case.mtls && !self.case.pair {
-            command.arg("--certs").arg(self.folder.path().join("certs").join("a"));
+        if let Some(certs) = self.client_certs() {
+            command.arg("--certs").arg(certs);
         }
         for pid in pids {
             command.args(["--pid", &pid.to_string()]);
@@ -207,8 +232,7 @@ impl<'a> Rig<'a> {
     pub(super) fn rss_empty(&self) -> Result<u64> {
         let root = self.folder.path();
         let empty = root.join("empty");
-        fs::create_dir_all(&empty)?;
-        fs::write(empty.join("namespace.yaml"), "apiVersion: v1\nkind: Namespace\nmetadata: {name: apps}\n")?;
+        own::write_empty(&empty)?;
         let mut command = self.a.command_as_proxy("taskset");
         command.args(["-c", PROXY_CORE]);
         own_command(&mut command, root, &empty, "a");
