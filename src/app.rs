@@ -19,7 +19,7 @@ use crate::cli::InputArgs;
 use crate::control::{self, Certs, Control, Published, health};
 use crate::drain::{self, Drain, Phase, Plan};
 use crate::snapshot::Snapshot;
-use crate::telemetry::logging;
+use crate::telemetry::{Logs, logging};
 use crate::worker::{self, Workers};
 use ports::Ports;
 
@@ -118,12 +118,13 @@ async fn serve(args: &ProxyArgs, control: Control, count: usize, process: Proces
     let (drain, leaving) = Drain::new();
     let (snapshots, receiver) = watch::channel(Arc::clone(&first.snapshot));
     let telemetry = observe::telemetry(&first.proxy);
+    let logs = Arc::new(observe::logs(args.access_log.as_deref(), &telemetry)?);
     let settings = worker::Settings {
         snapshots: receiver,
         drain: leaving.clone(),
         node: host::node(&first.proxy),
         telemetry: Arc::clone(&telemetry),
-        logs: Arc::new(observe::logs(args.access_log.as_deref(), &telemetry)?),
+        logs: Arc::clone(&logs),
     };
     let mut workers = Workers::start(count, &settings).context("workers")?;
     if let Some((address, e)) = workers.sockets(&first.snapshot).into_iter().next() {
@@ -142,7 +143,7 @@ async fn serve(args: &ProxyArgs, control: Control, count: usize, process: Proces
         .map(|folder| tokio::spawn(health::run(folder, published.clone(), is_ready, leaving.clone())));
     tokio::spawn(control::run(control, publish, asked));
     tracing::info!("{count} workers serve {} listeners", published.borrow().snapshot.listeners().len());
-    tokio::spawn(leave(drain, process.plan, ask));
+    tokio::spawn(leave(drain, process.plan, ask, logs));
     until_gone(published, &mut workers, leaving, |news, workers| {
         follow(news, &snapshots, workers);
         observe::published(news, &telemetry);
@@ -191,11 +192,13 @@ fn follow(news: &Published, snapshots: &watch::Sender<Arc<Snapshot>>, workers: &
     }
 }
 
-/// Waits for a reason to leave, and leaves in order. Further signals change nothing, as with the agent.
-async fn leave(drain: Arc<Drain>, plan: Plan, ask: mpsc::Sender<()>) {
+/// Waits for a reason to leave, and leaves in order. Further signals change nothing, as with the agent. SIGHUP reloads;
+/// SIGUSR1 writes what is logged and opens the files anew, for whoever rotates them.
+async fn leave(drain: Arc<Drain>, plan: Plan, ask: mpsc::Sender<()>, logs: Arc<Logs>) {
     let listen = |kind: SignalKind| signal(kind).inspect_err(|e| tracing::error!("signals: {e}")).ok();
     let (mut term, mut int) = (listen(SignalKind::terminate()), listen(SignalKind::interrupt()));
     let mut hup = listen(SignalKind::hangup());
+    let mut rotated = listen(SignalKind::user_defined1());
     loop {
         let why = tokio::select! {
             () = next(&mut term) => "SIGTERM",
@@ -203,6 +206,10 @@ async fn leave(drain: Arc<Drain>, plan: Plan, ask: mpsc::Sender<()>) {
             () = next(&mut hup) => {
                 // A full channel has the request in it already.
                 let _ = ask.try_send(());
+                continue;
+            }
+            () = next(&mut rotated) => {
+                logs.reopen();
                 continue;
             }
         };

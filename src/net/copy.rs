@@ -126,6 +126,15 @@ impl Watchdog {
     }
 }
 
+/// A TLS peer that closes without close_notify has ended as any TCP peer does: whether opaque bytes are complete is for
+/// those to judge who understand them.
+fn close_as_end(read: io::Result<()>) -> io::Result<()> {
+    match read {
+        Err(e) if e.kind() == io::ErrorKind::UnexpectedEof => Ok(()),
+        other => other,
+    }
+}
+
 /// One way. Lives in the connection's future, so the buffer is on the heap and empty until the first byte.
 struct Direction {
     buffer: Vec<u8>,
@@ -222,7 +231,7 @@ impl Direction {
                 }
                 return Poll::Pending;
             }
-            Poll::Ready(result) => result.map_err(Failure::Read)?,
+            Poll::Ready(result) => close_as_end(result).map_err(Failure::Read)?,
         }
         self.start = 0;
         self.end = into.filled().len();

@@ -5,8 +5,8 @@ use regex::bytes::Regex;
 
 use super::re2;
 
-/// What a segment may consist of: unreserved characters, percent escapes, `:@` and the delimiters without `*`.
-const SEGMENT: &str = r"a-zA-Z0-9\-._~%!$&'()+,;:@=";
+/// What a segment may consist of (RFC 3986 `pchar`): unreserved characters, percent escapes, `:@` and the delimiters.
+const SEGMENT: &str = r"a-zA-Z0-9\-._~%!$&'()*+,;:@=";
 
 /// Compiles a template that must match the whole path.
 pub(super) fn compile(template: &str) -> Result<Regex, String> {
@@ -100,7 +100,7 @@ mod tests {
     #[test]
     fn templates() {
         for (template, yes, no) in [
-            ("/u/*", &["/u/a", "/u/a.b", "/u/%2f"][..], &["/u/", "/u", "/u/a/b"][..]),
+            ("/u/*", &["/u/a", "/u/a.b", "/u/%2f", "/u/a~b!$&()*,:@="][..], &["/u/", "/u", "/u/a/b"][..]),
             ("/u/**", &["/u/", "/u/a", "/u/a/b"], &["/u", "/v/a"]),
             ("/v/**/end", &["/v//end", "/v/a/b/end"], &["/v/end", "/v/a/end/x"]),
             ("/*/x/*", &["/a/x/b"], &["//x/b", "/a/x/"]),

@@ -142,14 +142,7 @@ impl Stage {
         if self.proxy.as_mut().is_some_and(Running::is_alive) {
             return Ok(());
         }
-        let binary = self.folder.path().join("istio-proxy");
-        if !binary.exists() {
-            // By a process of its own: a child that another lane starts meanwhile would inherit a file open for writing,
-            // and nobody can run it as long as that is so.
-            let copied = Command::new("cp").arg(proxy).arg(&binary).status()?;
-            ensure!(copied.success(), "cannot copy {}", proxy.display());
-        }
-        let mut command = self.server.command_as_proxy(&binary.to_string_lossy());
+        let mut command = self.server.command_as_proxy(&proxy.to_string_lossy());
         command.args(["proxy", "--concurrency", "1", "--node"]).arg(&input.node);
         command.arg("--certs").arg(self.folder.path().join("certs")).arg("--access-log").arg(self.log_file());
         match mouth {
@@ -230,12 +223,21 @@ impl Stage {
         let mut lines = Vec::new();
         // A line that does not come is the judge's business.
         wait_for("log lines", Duration::from_millis(1500), || {
+            self.write_log();
             lines = self.new_lines();
             lines.len() >= wanted
         })
         .ok();
         self.read_to = fs::metadata(self.log_file()).map_or(0, |m| m.len());
         lines
+    }
+
+    /// Has the proxy write what it has logged.
+    fn write_log(&self) {
+        let Some(proxy) = &self.proxy else { return };
+        // One that has just ended has written it.
+        Command::new("kill").args(["-USR1", &proxy.pid().to_string()]).output().ok();
+        std::thread::sleep(Duration::from_millis(5));
     }
 
     fn new_lines(&self) -> Vec<Value> {

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 
 use super::input::Input;
@@ -65,14 +66,28 @@ pub(super) fn run(bench: &Bench<'_>, set: &Set) -> Result<Tally> {
         }
     }
     let (alone, together): (Vec<_>, Vec<_>) = groups.into_iter().partition(|((alone, ..), _)| *alone);
+    let (_folder, proxy) = public_copy(bench.proxy)?;
     for (lanes, groups) in [(LANES, together), (1, alone)] {
-        tally.add(play(bench, lanes, groups.into_iter().map(|(_, group)| group).collect())?);
+        let mut groups: Vec<_> = groups.into_iter().map(|(_, group)| group).collect();
+        // The longest begin first (the last is taken first), so that no lane is left alone with one.
+        groups.sort_by_key(|group| group.cases.len());
+        tally.add(play(bench, &proxy, lanes, groups)?);
     }
     Ok(tally)
 }
 
+/// The proxy where its user may run it. Made before any process is started: whoever is started while it is written would
+/// hold it open, and what is open for writing cannot be run.
+fn public_copy(proxy: &Path) -> Result<(tempfile::TempDir, PathBuf)> {
+    let folder = tempfile::Builder::new().prefix("istio-wire-").tempdir()?;
+    fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755))?;
+    let binary = folder.path().join("istio-proxy");
+    fs::copy(proxy, &binary).with_context(|| format!("cannot copy {}", proxy.display()))?;
+    Ok((folder, binary))
+}
+
 /// Plays groups on several stages at a time.
-fn play(bench: &Bench<'_>, lanes: usize, groups: Vec<Group<'_>>) -> Result<Tally> {
+fn play(bench: &Bench<'_>, proxy: &Path, lanes: usize, groups: Vec<Group<'_>>) -> Result<Tally> {
     let waiting = Mutex::new(groups);
     let done = Mutex::new(Tally::default());
     std::thread::scope(|scope| {
@@ -82,7 +97,7 @@ fn play(bench: &Bench<'_>, lanes: usize, groups: Vec<Group<'_>>) -> Result<Tally
                 loop {
                     let next = waiting.lock().expect("no lane panics while holding it").pop();
                     let Some(group) = next else { return Ok(()) };
-                    let tally = group_on(bench, &format!("{}{number}", bench.tag), &group)?;
+                    let tally = group_on(bench, proxy, &format!("{}{number}", bench.tag), &group)?;
                     done.lock().expect("no lane panics while holding it").add(tally);
                 }
             })
@@ -93,7 +108,7 @@ fn play(bench: &Bench<'_>, lanes: usize, groups: Vec<Group<'_>>) -> Result<Tally
     Ok(done.into_inner().expect("no lane panicked"))
 }
 
-fn group_on(bench: &Bench<'_>, tag: &str, group: &Group<'_>) -> Result<Tally> {
+fn group_on(bench: &Bench<'_>, proxy: &Path, tag: &str, group: &Group<'_>) -> Result<Tally> {
     let mut tally = Tally::default();
     let input = input_of(&group.config)?;
     let content = input.content()?;
@@ -105,13 +120,14 @@ fn group_on(bench: &Bench<'_>, tag: &str, group: &Group<'_>) -> Result<Tally> {
     }
     let mut stage = Stage::build(tag, group.side, &group.certs, &group.own)?;
     let recording = group.config.join("xds");
+    let certs = certificates(&group.certs)?;
     for case in &group.cases {
         let name = format!("{} ({})", text(&case["id"]), group.mouth.name());
-        let judged = json!({"case": case, "input": content});
+        let judged = json!({"case": case, "input": content, "certs": shown_by(case, &certs)});
         if case["fresh"] == true {
             stage.stop();
         }
-        let started = stage.ensure(bench.proxy, group.mouth, &input, &recording);
+        let started = stage.ensure(proxy, group.mouth, &input, &recording);
         let found = match started.and_then(|()| one(&mut stage, case)) {
             Ok(happened) => judge::differences(case, &happened),
             Err(error) => {
@@ -135,15 +151,33 @@ fn one(stage: &mut Stage, case: &Value) -> Result<Happened> {
     for step in list(&case["steps"]) {
         steps.push(stage.step(step)?);
     }
-    let wanted: u64 = list(&case["log"])
-        .iter()
-        .filter(|line| line["kind"] != "conn")
-        .map(|line| line["count"].as_u64().unwrap_or(1))
-        .sum();
-    let any = !list(&case["log"]).is_empty();
-    let log = stage.log(usize::try_from(wanted.max(u64::from(any))).unwrap_or(usize::MAX));
+    let log = stage.log(lines_of(case));
     let report = stage.end()?;
     Ok(Happened { steps, report, log })
+}
+
+/// Lines that the access log will have. Who does not finish a handshake has none with us.
+fn lines_of(case: &Value) -> usize {
+    let served = |step: &Value| matches!(step["expect"]["handshake"].as_str(), None | Some("ok"));
+    if !list(&case["steps"]).iter().any(served) {
+        return 0;
+    }
+    let lines = list(&case["log"]).iter().filter(|line| line["kind"] != "conn");
+    let wanted: u64 = lines.map(|line| line["count"].as_u64().unwrap_or(1)).sum();
+    let any = !list(&case["log"]).is_empty();
+    usize::try_from(wanted.max(u64::from(any))).unwrap_or(usize::MAX)
+}
+
+/// What is special about the certificates of a set.
+fn certificates(folder: &Path) -> Result<Value> {
+    let Ok(text) = fs::read_to_string(folder.join("certs.json")) else { return Ok(Value::Null) };
+    Ok(serde_json::from_str(&text)?)
+}
+
+/// The certificates that clients of a case show.
+fn shown_by(case: &Value, certs: &Value) -> Value {
+    let shown = list(&case["steps"]).iter().filter_map(|step| certs.get(step["tls"]["cert"].as_str()?));
+    Value::Array(shown.cloned().collect())
 }
 
 /// What no program can decide.

@@ -35,6 +35,8 @@ struct Inner {
     saw: Vec<Value>,
     /// Requests so far, by place.
     requests: HashMap<String, usize>,
+    /// Entries of a script used so far, by place.
+    answers: HashMap<String, usize>,
     connections: HashMap<String, usize>,
     open: HashMap<String, usize>,
     most_open: HashMap<String, usize>,
@@ -63,8 +65,14 @@ impl Notes {
 
     /// The script's entry for the next request at a place; without a script the default answer.
     pub(super) fn next_entry(&self, base: &Map<String, Value>, script: &[Value]) -> Value {
+        *self.lock().requests.entry(place(base)).or_default() += 1;
+        self.next_answer(base, script)
+    }
+
+    /// The same for a connection without requests.
+    fn next_answer(&self, base: &Map<String, Value>, script: &[Value]) -> Value {
         let mut inner = self.lock();
-        let count = inner.requests.entry(place(base)).or_default();
+        let count = inner.answers.entry(place(base)).or_default();
         let at = *count;
         *count += 1;
         match script.get(at).or(script.last()) {
@@ -391,7 +399,7 @@ async fn raw(mut conn: Conn, app: App, mut base: Map<String, Value>, ahead: Vec<
     if app.script.is_empty() {
         return echo(conn, &app, base, ahead).await;
     }
-    let entry = app.notes.next_entry(&base, &app.script);
+    let entry = app.notes.next_answer(&base, &app.script);
     if let Some(greeting) = entry["sendOnConnect"].as_str() {
         conn.write(&bytes_of(greeting)).await.ok();
     }
