@@ -218,7 +218,10 @@ impl<'a> Account<'a> {
                 self.metrics.max_duration.inc();
                 self.flags.insert(Flags::DT);
             }
-            Outcome::Ended(copy::End::Upstream(_)) => self.flags.insert(Flags::UC),
+            Outcome::Ended(copy::End::Upstream(e)) => {
+                let is_reset = e.kind() == std::io::ErrorKind::ConnectionReset;
+                self.flags.insert(if is_reset { Flags::UR } else { Flags::UC });
+            }
             Outcome::Ended(copy::End::Client(_)) => self.flags.insert(Flags::DC),
             Outcome::Ended(copy::End::Idle) => self.metrics.idle_timeout.inc(),
             Outcome::Ended(copy::End::Done(_)) | Outcome::Left => {}

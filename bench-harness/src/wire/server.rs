@@ -289,7 +289,8 @@ async fn guess(mut conn: Conn, app: App, base: Map<String, Value>) {
             conn.write(&TLS_ALERT).await.ok();
             return;
         }
-        if !reader.ahead.iter().all(u8::is_ascii_uppercase) && !reader.ahead.contains(&b' ') {
+        let undecided = reader.ahead == [0x16] || reader.ahead.iter().all(u8::is_ascii_uppercase);
+        if !undecided && !reader.ahead.contains(&b' ') {
             break;
         }
     }
@@ -408,7 +409,7 @@ async fn raw(mut conn: Conn, app: App, mut base: Map<String, Value>, ahead: Vec<
     let mut answered = false;
     loop {
         app.notes.change(number, |map| put_bytes(map, "bytes", &bytes));
-        if !answered && (!bytes.is_empty() || entry["reset"] == true && entry["send"].is_null()) {
+        if !answered && !bytes.is_empty() {
             answered = true;
             match answer(conn, &entry).await {
                 Some(next) => conn = next,
