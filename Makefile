@@ -16,6 +16,7 @@ demo: install-demo
 # Kernel tests (namespaces, iptables) run as root; without the privilege they say so and are left out.
 test: install-test
 	cargo test --workspace
+	cargo test --test demo_checks -- --ignored
 
 # Before every commit.
 check:

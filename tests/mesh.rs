@@ -1,19 +1,21 @@
 //! Two sidecars and an application in network namespaces, behind the rules of `istio-iptables`: mTLS between them, policy
-//! in front of the application, configuration that changes while they serve.
+//! in front of the application, configuration that changes while they serve. Numbers (`T31`) are those of the behaviours
+//! that `seed_rules` asks without sockets; here one of each kind is seen on the wire.
 
 mod support;
 
 use std::path::Path;
 
 use support::{
-    Killed, LIMIT, Machine, Machines, Proxy, access_log, certificates, curl, folder, give_to_proxy, privileged,
-    public_binary, replace, serve_as_app, start_app, wait_for,
+    Killed, LIMIT, Machine, Machines, Proxy, access_log, certificates, crowd, curl, folder, give_to_proxy, privileged,
+    public_binary, replace, serve_as_app, start_app, talk, wait_for,
 };
 
 const CLIENT: &str = "10.77.0.1";
 const SERVER: &str = "10.77.0.2";
 const OUTSIDER: &str = "10.77.0.3";
 const SERVICE: &str = "10.96.77.1";
+const DATABASE: &str = "10.96.77.2:5432";
 
 const MESH: &str = "
 apiVersion: v1
@@ -40,6 +42,49 @@ apiVersion: security.istio.io/v1
 kind: PeerAuthentication
 metadata: {name: default, namespace: shop}
 spec: {mtls: {mode: STRICT}}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: db, namespace: shop}
+spec:
+  clusterIP: 10.96.77.2
+  selector: {app: web}
+  ports: [{name: postgres, port: 5432}]
+---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: db, namespace: shop}
+spec:
+  selector: {matchLabels: {app: web}}
+  rules:
+  - from: [{source: {principals: [cluster.local/ns/shop/sa/client]}}]
+    to: [{operation: {ports: ['5432']}}]
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: db, namespace: shop}
+spec:
+  host: db
+  trafficPolicy: {connectionPool: {tcp: {maxConnections: 20}}}
+---
+apiVersion: networking.istio.io/v1
+kind: DestinationRule
+metadata: {name: web, namespace: shop}
+spec:
+  host: web
+  subsets:
+  - {name: stable, labels: {app: web}}
+  - {name: canary, labels: {runtime: vm}}
+---
+apiVersion: networking.istio.io/v1
+kind: VirtualService
+metadata: {name: web, namespace: shop}
+spec:
+  hosts: [web]
+  http:
+  - match: [{headers: {x-canary: {exact: 'true'}}}]
+    route: [{destination: {host: web, subset: canary}}]
+  - route: [{destination: {host: web, subset: stable}}]
 ";
 
 fn policy(path: &str) -> String {
@@ -69,8 +114,8 @@ struct Mesh {
     outsider: Machine,
     // Processes go before their namespaces.
     client_proxy: Proxy,
-    server_proxy: Proxy,
-    _app: Killed,
+    _server_proxy: Proxy,
+    _apps: [Killed; 3],
     _machines: Machines,
     dir: tempfile::TempDir,
 }
@@ -83,7 +128,12 @@ impl Mesh {
         std::fs::write(config.join("mesh-objects.yaml"), MESH).expect("a file");
         std::fs::write(config.join("policy.yaml"), policy("/allowed")).expect("a file");
         let id = |account: &str| format!("spiffe://cluster.local/ns/shop/sa/{account}");
-        certificates(dir.path(), &[("client", &id("client")), ("web", &id("web"))]);
+        let stranger = "spiffe://evil.local/ns/shop/sa/client";
+        certificates(dir.path(), &[("client", &id("client")), ("web", &id("web")), ("stranger", stranger)]);
+        // Somebody else's root signs the right name.
+        let other = dir.path().join("other");
+        std::fs::create_dir(&other).expect("a folder");
+        certificates(&other, &[("client", &id("client"))]);
         let binary = public_binary(dir.path());
         give_to_proxy(dir.path());
         let mut machines = Machines::new(&format!("test-{}", std::process::id())).expect("namespaces");
@@ -96,10 +146,10 @@ impl Mesh {
             let rules = sidecar.command(&binary.to_string_lossy()).args(flags).output().expect("it runs");
             assert!(rules.status.success(), "{}", String::from_utf8_lossy(&rules.stderr));
         }
-        let app = start_app(&server, "0.0.0.0:8080");
+        let apps = ["0.0.0.0:8080", "tcp:0.0.0.0:5432", "tcp:0.0.0.0:9187"].map(|at| start_app(&server, at));
         let client_proxy = sidecar(&client, dir.path(), ("client", "client-1", CLIENT));
         let server_proxy = sidecar(&server, dir.path(), ("web", "web-1", SERVER));
-        Self { client, server, outsider, client_proxy, server_proxy, _app: app, _machines: machines, dir }
+        Self { client, server, outsider, client_proxy, _server_proxy: server_proxy, _apps: apps, _machines: machines, dir }
     }
 
     fn get(&self, path: &str) -> (u16, String) {
@@ -142,8 +192,12 @@ fn two_sidecars_speak_mtls_and_obey_policy() {
     let (status, _) = curl(&mesh.outsider, &[&format!("http://{SERVER}:8080/allowed")]);
     assert_eq!(status, 0, "plaintext is refused under STRICT");
 
+    strangers_are_turned_away(&mesh);
     logs_tell_the_same(&mesh);
     explanations_agree(&mesh);
+    bytes_arrive_as_they_were(&mesh);
+    connections_are_limited(&mesh);
+    canaries(&mesh);
 
     // A changed policy is in force without a restart.
     replace(&mesh.dir.path().join("config/policy.yaml"), &policy("/forbidden"));
@@ -162,6 +216,54 @@ fn two_sidecars_speak_mtls_and_obey_policy() {
     mesh.client_proxy.signal("TERM");
     assert_eq!(mesh.get("/forbidden").0, 200, "leaving proxies still serve");
     assert_eq!(mesh.client_proxy.wait(), 0);
+}
+
+/// T24, T25: no certificate, one of another domain, one of another root; and the right one, for comparison.
+fn strangers_are_turned_away(mesh: &Mesh) {
+    let url = format!("https://{SERVER}:8080/allowed");
+    for (who, accepted) in [("client", true), ("", false), ("stranger", false), ("other/client", false)] {
+        let dir = mesh.dir.path().join(who);
+        let (chain, key) = (dir.join("cert-chain.pem"), dir.join("key.pem"));
+        let own = ["--cert", &*chain.to_string_lossy(), "--key", &*key.to_string_lossy()];
+        let own = if who.is_empty() { &[][..] } else { &own[..] };
+        let (status, _) = curl(&mesh.outsider, &[own, &["-k", "--http1.1", &url]].concat());
+        assert_eq!(status, if accepted { 200 } else { 0 }, "{who:?}");
+    }
+}
+
+/// T50 to T52, T55, T56: what the client says first, what is large, what looks like TLS, and a half-close.
+fn bytes_arrive_as_they_were(mesh: &Mesh) {
+    let large: Vec<u8> = (0..1_048_576_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let hello = [&[0x16, 3, 1, 0, 0x31, 1, 0, 0, 0x2d, 3, 3][..], &[7; 43]].concat();
+    for (t, said) in [
+        ("T50: SSLRequest", &b"\x00\x00\x00\x08\x04\xd2\x16\x2f"[..]),
+        ("T51: StartupMessage", b"\x00\x00\x00\x13\x00\x03\x00\x00user\x00jane\x00\x00"),
+        ("T51: large and binary", &large),
+        ("T52: a ClientHello first", &hello),
+    ] {
+        assert!(talk(&mesh.client, DATABASE, said) == said, "{t}");
+    }
+    let direct = format!("{SERVER}:5432");
+    assert_eq!(talk(&mesh.outsider, &direct, b"plain text"), b"", "T55: plaintext is refused");
+    assert_eq!(talk(&mesh.client, &format!("{SERVER}:9187"), b"\0 no rule"), b"", "T56: another port");
+}
+
+/// T59: of 25 at once 20 are served; one that leaves makes room.
+fn connections_are_limited(mesh: &Mesh) {
+    assert_eq!(crowd(&mesh.client, DATABASE, 25), (20, true));
+    wait_for("the log", LIMIT, || mesh.log("client").iter().filter(|line| line["flags"] == "UO").count() >= 5)
+        .unwrap_or_else(|e| panic!("{e}: {:?}", mesh.log("client")));
+}
+
+/// T31, T33: a subset without endpoints, which then gets one.
+fn canaries(mesh: &Mesh) {
+    let url = format!("http://{SERVICE}/allowed");
+    let canary = || curl(&mesh.client, &["-H", "host: web.shop", "-H", "x-canary: true", &url]);
+    assert_eq!(canary(), (503, "no healthy upstream".to_owned()));
+    wait_for("the log", LIMIT, || mesh.log("client").iter().any(|l| l["flags"] == "UH")).expect("UH is logged");
+    let labelled = MESH.replace("labels: {app: web, ", "labels: {app: web, runtime: vm, ");
+    replace(&mesh.dir.path().join("config/mesh-objects.yaml"), &labelled);
+    wait_for("the canary", LIMIT, || canary().0 == 200).expect("the subset has an endpoint");
 }
 
 /// The record names route and cluster, and who refused.
@@ -203,7 +305,7 @@ fn served(mesh: &Mesh) -> [u16; 2] {
 fn explanations_agree(mesh: &Mesh) {
     let call = ["--address", SERVICE, "--port", "80", "--host", "web.shop", "--path", "/allowed"];
     let out = explain(mesh, &mesh.client, &call);
-    assert_eq!(out["cluster"], "outbound|80||web.shop.svc.cluster.local", "{out}");
+    assert_eq!(out["cluster"], "outbound|80|stable|web.shop.svc.cluster.local", "{out}");
     assert_eq!(out["endpoints"][0]["address"], format!("{SERVER}:8080"), "{out}");
     assert_eq!(in_force(mesh), [true, false]);
 }

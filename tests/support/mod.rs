@@ -6,7 +6,7 @@
 //! * [`free_ports`] gives ports for programs that cannot take 0.
 //! * [`Machines`] are network namespaces with real addresses and iptables ([`bench_harness::netns`]); [`privileged`] says
 //!   whether the kernel lets us, and tells on standard error when it does not.
-//! * [`serve_as_app`] turns the test's own executable into the application inside a namespace.
+//! * [`serve_as_app`] turns the test's own executable into the application, or its client, inside a namespace.
 //!
 //! Nothing sleeps for a guessed time: waiting polls for the event with a generous limit.
 
@@ -14,7 +14,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -205,15 +205,71 @@ pub fn curl(machine: &Machine, args: &[&str]) -> (u16, String) {
 }
 
 const APP: &str = "ISTIO_PROXY_TEST_APP";
+const CLIENT: &str = "ISTIO_PROXY_TEST_CLIENT";
 
-/// Call it first in a test named `application`, which does nothing in a normal run: under [`start_app`] it serves HTTP/1.1
-/// on the given address, answers with the request's head, and never returns.
+/// Call it first in a test named `application`, which does nothing in a normal run: under [`start_app`] it serves on the
+/// given address and never returns. HTTP/1.1 is answered with the request's head; `tcp:ADDRESS` sends back what comes.
+/// Under [`talk`] and [`crowd`] it is their client.
 pub fn serve_as_app() {
-    let Ok(address) = std::env::var(APP) else { return };
-    let listener = TcpListener::bind(&address).expect("the application's port");
-    for stream in listener.incoming() {
-        std::thread::spawn(move || stream.map(answer_requests));
+    if let Ok(order) = std::env::var(CLIENT) {
+        let words: Vec<&str> = order.split(' ').collect();
+        match words[..] {
+            ["talk", to, say, heard] => converse(to, Path::new(say), Path::new(heard)),
+            ["crowd", to, many, seen] => gather(to, many.parse().expect("a number"), Path::new(seen)),
+            _ => panic!("{order}"),
+        }
     }
+    let Ok(address) = std::env::var(APP) else { return };
+    let echo = address.strip_prefix("tcp:");
+    let listener = TcpListener::bind(echo.unwrap_or(&address)).expect("the application's port");
+    let serve = if echo.is_some() { send_back } else { answer_requests };
+    for stream in listener.incoming() {
+        std::thread::spawn(move || stream.map(serve));
+    }
+}
+
+fn send_back(mut stream: TcpStream) {
+    let mut reader = stream.try_clone().expect("a socket");
+    // Ends with either side.
+    let _ = std::io::copy(&mut reader, &mut stream);
+    let _ = stream.shutdown(Shutdown::Write);
+}
+
+fn converse(to: &str, say: &Path, heard: &Path) {
+    let bytes = std::fs::read(say).expect("what to say");
+    let mut stream = TcpStream::connect(to).expect("a connection");
+    stream.set_read_timeout(Some(LIMIT)).expect("a socket");
+    let mut writer = stream.try_clone().expect("a socket");
+    let writing = std::thread::spawn(move || writer.write_all(&bytes).and_then(|()| writer.shutdown(Shutdown::Write)));
+    let mut answer = Vec::new();
+    // A refused connection is closed or reset; either way the answer is what came.
+    let _ = stream.read_to_end(&mut answer);
+    let _ = writing.join().expect("no panic");
+    std::fs::write(heard, answer).expect("a file");
+}
+
+/// Counts who is served of so many at once, then lets one go and tries again.
+fn gather(to: &str, many: usize, seen: &Path) {
+    let open = || {
+        let mut stream = TcpStream::connect(to).expect("a connection");
+        stream.set_read_timeout(Some(LIMIT)).expect("a socket");
+        // Enough to tell it from TLS and HTTP.
+        let served = stream.write_all(b"\0\0\0\x08\x04\xd2\x16\x2f").and_then(|()| stream.read_exact(&mut [0])).is_ok();
+        served.then_some(stream)
+    };
+    let mut served: Vec<TcpStream> = (0..many).filter_map(|_| open()).collect();
+    let first = served.len();
+    served.pop();
+    let mut again = false;
+    // The other end learns of it in a moment.
+    for _ in 0..100 {
+        again = open().is_some();
+        if again {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    std::fs::write(seen, format!("{first} {again}")).expect("a file");
 }
 
 fn answer_requests(mut stream: TcpStream) {
@@ -232,12 +288,40 @@ fn answer_requests(mut stream: TcpStream) {
     }
 }
 
-/// Starts this test executable's `application` inside a machine.
-pub fn start_app(machine: &Machine, address: &str) -> Killed {
+fn application(machine: &Machine) -> Command {
     let own = std::env::current_exe().expect("our path");
     let mut command = machine.command(&own.to_string_lossy());
-    command.args(["--exact", "application", "--nocapture"]).env(APP, address);
+    command.args(["--exact", "application", "--nocapture"]);
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command
+}
+
+/// Sends bytes from a machine, ends the sending, and gives what came back until the other end closed.
+pub fn talk(machine: &Machine, to: &str, bytes: &[u8]) -> Vec<u8> {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let (say, heard) = (dir.path().join("say"), dir.path().join("heard"));
+    std::fs::write(&say, bytes).expect("a file");
+    let order = format!("talk {to} {} {}", say.display(), heard.display());
+    let ended = application(machine).env(CLIENT, order).status();
+    assert!(ended.expect("the client starts").success(), "the client of {to} failed");
+    std::fs::read(heard).expect("what was heard")
+}
+
+/// Opens so many connections at once from a machine: how many are served, and whether another is once one has gone.
+pub fn crowd(machine: &Machine, to: &str, many: usize) -> (usize, bool) {
+    let dir = tempfile::tempdir().expect("a temporary folder");
+    let seen = dir.path().join("seen");
+    let ended = application(machine).env(CLIENT, format!("crowd {to} {many} {}", seen.display())).status();
+    assert!(ended.expect("the client starts").success(), "the clients of {to} failed");
+    let text = std::fs::read_to_string(seen).expect("what was seen");
+    let (first, again) = text.split_once(' ').expect("two words");
+    (first.parse().expect("a number"), again == "true")
+}
+
+/// Starts this test executable's `application` inside a machine.
+pub fn start_app(machine: &Machine, address: &str) -> Killed {
+    let mut command = application(machine);
+    command.env(APP, address);
     let app = Killed(command.spawn().expect("the application starts"));
     let port = address.rsplit(':').next().and_then(|p| p.parse().ok()).expect("ADDRESS:PORT");
     wait_for("the application", LIMIT, || machine.listens(port)).expect("it listens");
