@@ -1,6 +1,9 @@
 //! HTTP/2 by the library: the client's requests, the applications' answers.
 
-use std::sync::Arc;
+use std::io;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -8,11 +11,15 @@ use h2::client::SendRequest;
 use h2::{RecvStream, SendStream};
 use http::{HeaderMap, HeaderName, HeaderValue, Request, Response};
 use serde_json::{Map, Value, json};
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::conn::Conn;
+use super::raw2;
 use super::server::Notes;
 use super::value::{bytes_at, pairs, put_bytes};
+
+/// How long a connection stays after its goodbye.
+const LINGER: Duration = Duration::from_millis(300);
 
 /// Sends the requests of steps on one new connection: those of a step at a time, one step after the other. Returns what
 /// came back, for each step one answer for each request, and the connection's state (`kept`, `closed`).
@@ -214,6 +221,39 @@ async fn read(mut body: RecvStream) -> Read {
     out
 }
 
+/// Bytes that the library would not write.
+type Aside = Arc<Mutex<Vec<u8>>>;
+
+/// A stream that they can be slipped into between two frames.
+struct WithAside<S> {
+    stream: S,
+    aside: Aside,
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for WithAside<S> {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(cx, buf)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for WithAside<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, buf)
+    }
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let this = self.get_mut();
+        let mut aside = this.aside.lock().expect("nobody panics while holding it");
+        while !aside.is_empty() {
+            let written = ready!(Pin::new(&mut this.stream).poll_write(cx, &aside))?;
+            aside.drain(..written);
+        }
+        Pin::new(&mut this.stream).poll_flush(cx)
+    }
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
 /// Serves one connection of an application that speaks HTTP/2.
 pub(super) async fn serve(conn: Conn, base: Map<String, Value>, script: Vec<Value>, notes: Arc<Notes>) {
     serve_on(conn, base, script, notes).await;
@@ -224,9 +264,22 @@ pub(super) async fn serve_on<S>(stream: S, base: Map<String, Value>, script: Vec
 where
     S: AsyncRead + AsyncWrite + Unpin,
 {
+    let aside = Aside::default();
+    let stream = WithAside { stream, aside: Arc::clone(&aside) };
     let Ok(mut server) = h2::server::handshake(stream).await else { return };
     while let Some(Ok((request, respond))) = server.accept().await {
         let entry = notes.next_entry(&base, &script);
+        if let Some(last) = entry["lastStream"].as_u64() {
+            let head = noted_head(&request);
+            let mut noted = base.clone();
+            noted.extend(head);
+            put_bytes(&mut noted, "body", &[]);
+            notes.saw(Value::Object(noted));
+            *aside.lock().expect("nobody panics while holding it") = raw2::goaway(last, entry["goaway"].as_u64());
+            // The library flushes while it waits for the next stream.
+            tokio::time::timeout(LINGER, server.accept()).await.ok();
+            return;
+        }
         let closes = entry["close"] == true || entry["closeAfter"] == true;
         let goaway = entry["goaway"].is_null();
         let (base, notes) = (base.clone(), Arc::clone(&notes));

@@ -85,6 +85,14 @@ pub(super) async fn send(conn: &mut Conn, request: &Value, limit: Duration) -> R
     }
 }
 
+/// A GOAWAY that names the last stream that was looked at.
+pub(super) fn goaway(last: u64, code: Option<u64>) -> Vec<u8> {
+    let word = |number: u64| u32::try_from(number).unwrap_or_default().to_be_bytes();
+    let mut out = Vec::new();
+    frame(&mut out, GOAWAY, 0, 0, &[word(last), word(code.unwrap_or(0))].concat());
+    out
+}
+
 fn take_frames(seen: &mut Vec<u8>, refusal: &mut Refusal) {
     while seen.len() >= 9 {
         let length = usize::from(seen[0]) << 16 | usize::from(seen[1]) << 8 | usize::from(seen[2]);
