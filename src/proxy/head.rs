@@ -74,7 +74,7 @@ impl Head {
             version: parts.version,
             scheme: Scheme::HTTP,
             authority: said.or(host).unwrap_or(HeaderValue::from_static("")),
-            path: uri.path_and_query.unwrap_or(PathAndQuery::from_static("/")),
+            path: uri.path_and_query.map_or(PathAndQuery::from_static("/"), |path| rooted(path, parts.version)),
             headers,
             extensions: parts.extensions,
         };
@@ -119,8 +119,14 @@ impl Head {
         if self.method == Method::CONNECT {
             return Err(if has_path { Malformed::Url } else { Malformed::Connect });
         }
+        if !has_path {
+            return Err(Malformed::Url);
+        }
         if self.path.as_str() == "*" {
             return Err(if self.method == Method::OPTIONS { Malformed::Asterisk } else { Malformed::Url });
+        }
+        if !self.path.as_str().starts_with('/') {
+            return Err(Malformed::Asterisk);
         }
         if !self.path.as_str().is_ascii() {
             return Err(Malformed::Codec);
@@ -157,6 +163,15 @@ impl Head {
     pub(super) fn is_grpc(&self) -> bool {
         is_grpc(&self.headers)
     }
+}
+
+/// `http://host?query` asks for the root. The slash is written when the request goes upstream, so policy has to see it;
+/// in HTTP/2 such a path is malformed and stays as it is, to be refused.
+fn rooted(path: PathAndQuery, version: Version) -> PathAndQuery {
+    if version == Version::HTTP_2 || !path.as_str().starts_with('?') {
+        return path;
+    }
+    PathAndQuery::try_from(format!("/{}", path.as_str())).unwrap_or(path)
 }
 
 /// `application/grpc` or `application/grpc+…`, not `application/grpc-web`.
@@ -256,6 +271,7 @@ pub(super) mod tests {
             ("GET", "/", &[("host", "a/b")], Err(Authority)),
             ("GET", "*", &[("host", "a")], Err(Url)),
             ("OPTIONS", "*", &[("host", "a")], Err(Asterisk)),
+            ("GET", "admin", &[("host", "a")], Err(Url)),
             ("CONNECT", "a:443", &[("host", "a:443")], Err(Connect)),
             ("CONNECT", "/x", &[("host", "a:443")], Err(Url)),
             ("QUERY", "/", &[("host", "a")], Err(QueryContentType)),
@@ -265,6 +281,8 @@ pub(super) mod tests {
         }
         assert_eq!(parse("GET", "/", Version::HTTP_2, &[("host", "a"), ("x", "y")]).1, Ok(()));
         assert_eq!(parse("g", "/", Version::HTTP_2, &[("host", "a")]).1, Ok(()));
+        let unrooted = parse("GET", "http://a?x", Version::HTTP_2, &[]).1;
+        assert_eq!(unrooted, Err(Asterisk), "policy would see no path");
     }
 
     #[test]
@@ -273,6 +291,7 @@ pub(super) mod tests {
         assert_eq!((absolute.authority(), absolute.path.as_str(), absolute.scheme.as_str()), ("b:1", "/x?y", "http"));
         assert!(absolute.headers.get(HOST).is_none());
         assert_eq!(head("GET", "http://b", &[]).path, "/");
+        assert_eq!(head("GET", "http://b?x", &[]).path.as_str(), "/?x", "as the upstream will see it");
         assert_eq!(head("GET", "/", &[("host", "a"), ("x-forwarded-proto", "https")]).scheme, Scheme::HTTPS);
         assert_eq!(head("GET", "/", &[("host", "a"), ("x-forwarded-proto", "gopher")]).scheme, Scheme::HTTP);
         let (old, checked) = parse("GET", "/", Version::HTTP_10, &[]);
