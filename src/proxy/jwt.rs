@@ -22,10 +22,13 @@ pub(super) enum Outcome {
     Token,
 }
 
-/// Judges a request. Headers that tell claims to the application are never the client's own.
+/// Judges a request. Headers that tell claims or payloads to the application are never the client's own.
 pub(super) fn check(said: &JwtAuthn, head: &mut Head) -> Outcome {
-    for (header, _) in said.providers.values().flat_map(|provider| &provider.claim_to_headers) {
-        head.headers.remove(header.as_str());
+    for provider in said.providers.values() {
+        let claims = provider.claim_to_headers.iter().map(|(header, _)| header);
+        for header in claims.chain([&provider.forward_payload_header]) {
+            head.headers.remove(header.as_str());
+        }
     }
     if said.bypass_cors_preflight && is_preflight(head) {
         return Outcome::Pass;
@@ -93,7 +96,7 @@ mod tests {
     fn shown(said: &JwtAuthn, uri: &str, headers: &[(&str, &str)]) -> &'static str {
         let mut head = head("GET", uri, headers);
         let outcome = check(said, &mut head);
-        assert!(!head.headers.contains_key("x-claim"));
+        assert!(!head.headers.contains_key("x-claim") && !head.headers.contains_key("x-payload"));
         match outcome {
             Outcome::Pass => "pass",
             Outcome::Missing(_) => "missing",
@@ -103,7 +106,11 @@ mod tests {
 
     #[test]
     fn requests_without_a_token() {
-        let usual = JwtProvider { claim_to_headers: vec![("x-claim".into(), "sub".into())], ..JwtProvider::default() };
+        let usual = JwtProvider {
+            claim_to_headers: vec![("x-claim".into(), "sub".into())],
+            forward_payload_header: "X-Payload".into(),
+            ..JwtProvider::default()
+        };
         let special = JwtProvider {
             from_headers: vec![("x-jwt".into(), "T ".into())],
             from_params: vec!["t".into()],
@@ -119,6 +126,7 @@ mod tests {
         };
         for (uri, headers, expected) in [
             ("/", &[("host", "a"), ("x-claim", "forged")][..], "pass"),
+            ("/", &[("x-payload", "forged")], "pass"),
             ("/strict", &[("host", "a")], "missing"),
             ("/", &[("authorization", "bearer x")], "pass"),
             ("/", &[("authorization", "Bearer x")], "token"),
