@@ -5,8 +5,10 @@ use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
 
+use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, TrustAnchor};
+use rustls::sign::CertifiedKey;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::config::Contexts;
@@ -86,6 +88,9 @@ impl Identity {
     pub fn from_pem(chain: &[u8], key: &[u8]) -> Result<Self, String> {
         let chain = certificates(chain)?;
         let key = PrivateKeyDer::from_pem_slice(key).map_err(|e| format!("private key: {e}"))?;
+        // A renewal that is written file by file is seen half done: the last good pair stays until they belong together.
+        CertifiedKey::from_der(chain.clone(), key.clone_key(), &aws_lc_rs::default_provider())
+            .map_err(|e| format!("certificate and key: {e}"))?;
         let info = chain.iter().map(CertInfo::read).collect::<Result<_, _>>()?;
         let digest = digest(&chain);
         Ok(Self { chain, key, digest, info })

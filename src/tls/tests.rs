@@ -244,6 +244,15 @@ async fn renewal_keeps_open_connections_and_changes_new_ones() {
     assert_eq!(asked.unwrap().1.hash, hash_of(&after));
 }
 
+#[test]
+fn a_key_of_another_certificate_is_no_renewal() {
+    let ours = root();
+    let (chain, _) = ours.sign(&SERVER.parse().unwrap(), DAY).unwrap();
+    let (_, key) = ours.sign(&SERVER.parse().unwrap(), DAY).unwrap();
+    let why = Identity::from_pem(chain.as_bytes(), key.as_bytes()).unwrap_err();
+    assert!(why.starts_with("certificate and key: "), "{why}");
+}
+
 fn hash_of(secrets: &Secrets) -> String {
     peer::hex(peer::sha256(&secrets.identity("default").unwrap().chain[0]).as_ref())
 }
