@@ -155,7 +155,9 @@ fn server_name(value: &[u8]) -> Option<String> {
     if !plausible || name.contains(&0) {
         return None;
     }
-    Some(String::from_utf8_lossy(name).to_ascii_lowercase())
+    // It goes into logs that end their lines with a line feed.
+    let shown = |c: char| if c.is_control() { '_' } else { c.to_ascii_lowercase() };
+    Some(String::from_utf8_lossy(name).chars().map(shown).collect())
 }
 
 fn protocols(value: &[u8]) -> Option<Vec<String>> {
@@ -239,6 +241,12 @@ pub(super) mod tests {
         let TlsVerdict::Tls(found) = inspect(&bytes) else { panic!("not TLS") };
         assert_eq!(found.sni.as_deref(), Some("outbound_.80_._.a.b"));
         assert_eq!(found.alpn, ["istio-http/1.1", "istio"]);
+    }
+
+    #[test]
+    fn a_name_cannot_write_lines_of_a_log() {
+        let TlsVerdict::Tls(found) = inspect(&hello(Some("a\r\n[B]\u{85}"), &[], 0)) else { panic!("not TLS") };
+        assert_eq!(found.sni.as_deref(), Some("a__[b]_"));
     }
 
     #[test]
