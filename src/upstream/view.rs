@@ -272,8 +272,8 @@ impl HostPools {
         if let Some(pool) = pools.iter().find(|pool| pool.key == *key) {
             return Arc::clone(pool);
         }
-        // Keys that name a client come and go.
-        pools.retain(|pool| pool.key.client.is_none() || pool.size() > 0);
+        // Keys that name a client or the host of a request come and go.
+        pools.retain(|pool| (pool.key.client.is_none() && pool.key.sni.is_none()) || pool.size() > 0);
         let pool = Pool::new(key.clone(), self.place.clone(), &self.breakers);
         pools.push(Arc::clone(&pool));
         pool
@@ -307,5 +307,20 @@ fn same_transport(a: &Transport, b: &Transport) -> bool {
         (Transport::ProxyProtocol(v, a), Transport::ProxyProtocol(w, b)) => v == w && same_transport(a, b),
         (Transport::Unusable(a), Transport::Unusable(b)) => a == b,
         _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::fixture::{cluster, endpoints, joined, shared};
+    use super::*;
+
+    #[test]
+    fn clients_cannot_fill_the_list_of_pools() {
+        let cluster = joined(shared(cluster("c"), &endpoints(&[1])), None);
+        for i in 0..100 {
+            cluster.hosts[0].pool(&Key { sni: Some(format!("host-{i}").into()), ..Key::default() });
+        }
+        assert_eq!(lock(&cluster.hosts[0].pools).len(), 1);
     }
 }
