@@ -113,3 +113,66 @@ fn tables_and_versions() {
     assert_eq!(istio_proxy(&["version", "--short"]).out, format!("{}\n", env!("CARGO_PKG_VERSION")));
     assert_eq!(istio_proxy(&["--version"]).out, format!("istio-proxy {}\n", env!("CARGO_PKG_VERSION")));
 }
+
+/// An object of a kind with this spec, in flow style, on line 4.
+fn object(kind: &str, version: &str, spec: &str) -> String {
+    format!("apiVersion: {version}\nkind: {kind}\nmetadata: {{name: x, namespace: shop}}\nspec: {spec}\n")
+}
+
+/// Each mistake is told with its place, its field and what was expected; none ends the program in another way.
+#[test]
+fn mistakes_of_many_kinds_are_told_with_their_place() {
+    const NET: &str = "networking.istio.io/v1";
+    const SEC: &str = "security.istio.io/v1";
+    let virtual_service = |http: &str| object("VirtualService", NET, &format!("{{hosts: [a], http: [{http}]}}"));
+    let rule = |policy: &str| object("DestinationRule", NET, &format!("{{host: a, trafficPolicy: {policy}}}"));
+    let to = "route: [{destination: {host: a}}]";
+    let rows: Vec<(String, u32, &str)> = vec![
+        ("a: [1, 2\nb: }\n".to_owned(), 2, ""),
+        ("\tkind: Service\n".to_owned(), 1, ""),
+        ("just a text\n".to_owned(), 1, ""),
+        ("- a\n- list\n".to_owned(), 1, ""),
+        ("apiVersion: v1\nkind: Service\nkind: Pod\n".to_owned(), 3, "kind"),
+        ("apiVersion: v1\nkind: Service\nmetadata: {name: a}\nspec: 7\n".to_owned(), 4, "spec"),
+        ("apiVersion: v1\nkind: Service\nmetadata: {namespace: a}\nspec: {}\n".to_owned(), 3, "metadata.name"),
+        (object("Service", "v1", "{ports: [{port: 70000}]}"), 4, "spec.ports[0].port"),
+        (object("Service", "v1", "{ports: [{port: -1}]}"), 4, "spec.ports[0].port"),
+        (object("Service", "v1", "{ports: {port: 80}}"), 4, "spec.ports"),
+        (virtual_service(&format!("{{timeout: fast, {to}}}")), 4, "\"fast\" is no duration"),
+        (virtual_service(&format!("{{timeout: 5, {to}}}")), 4, "spec.http[0].timeout"),
+        (virtual_service("{}"), 4, "spec.http[0]"),
+        (rule("{connectionPool: {tcp: {maxConnections: many}}}"), 4, "maxConnections"),
+        (rule("{tls: {mode: MAYBE}}"), 4, "spec.trafficPolicy.tls.mode"),
+        (object("AuthorizationPolicy", SEC, "{action: PERHAPS}"), 4, "spec.action"),
+        (object("AuthorizationPolicy", SEC, "{rules: [{to: [{operation: {ports: [http]}}]}]}"), 4, "ports"),
+        (object("AuthorizationPolicy", SEC, "{rules: [{from: [{source: {ipBlocks: [1.2.3]}}]}]}"), 4, "ipBlocks"),
+        (object("AuthorizationPolicy", SEC, "{rules: [{when: [{key: colour, values: [red]}]}]}"), 4, "key"),
+        (object("PeerAuthentication", SEC, "{mtls: {mode: SOMETIMES}}"), 4, "spec.mtls.mode"),
+        (object("PeerAuthentication", SEC, "{portLevelMtls: {0: {mode: STRICT}}}"), 4, "portLevelMtls"),
+        (object("RequestAuthentication", SEC, "{jwtRules: [{issuer: ''}]}"), 4, "spec.jwtRules[0]"),
+        (object("WorkloadGroup", NET, "{template: {}, probe: {tcpSocket: {port: 0}}}"), 4, "spec.probe"),
+        (object("WorkloadEntry", NET, "{address: ''}"), 4, "spec.address"),
+        (object("ServiceEntry", NET, "{hosts: []}"), 4, "spec.hosts"),
+        ("apiVersion: v1\nkind: Service\nmetadata: &a {x: *a}\n".to_owned(), 3, ""),
+    ];
+    let names: Vec<String> = (0..rows.len()).map(|n| format!("{n:02}.yaml")).collect();
+    // Each object has a name of its own.
+    let text = |(n, row): (usize, &(String, u32, &str))| row.0.replace("name: x,", &format!("name: x{n},"));
+    let texts: Vec<String> = rows.iter().enumerate().map(text).collect();
+    let files: Vec<(&str, &str)> =
+        names.iter().zip(&texts).map(|(name, text)| (name.as_str(), text.as_str())).collect();
+    let dir = folder(&files);
+    let run = istio_proxy(&["validate", "--config", dir.path().to_str().expect("UTF-8")]);
+    assert_eq!(run.code, 1, "{} {}", run.out, run.err);
+    assert!(!run.err.contains("panicked"), "{}", run.err);
+    let mut silent = String::new();
+    for ((name, text), (_, line, field)) in files.iter().zip(&rows) {
+        let place = format!("{}/{name}:{line}:", dir.path().display());
+        let told = |l: &str| l.starts_with(&place) && l.contains(": error: ") && l.contains(field);
+        if !run.out.lines().any(told) {
+            let said: Vec<&str> = run.out.lines().filter(|l| l.contains(&format!("/{name}"))).collect();
+            silent.push_str(&format!("{text}expected line {line}, {field:?}; said {said:?}\n\n"));
+        }
+    }
+    assert!(silent.is_empty(), "{silent}");
+}

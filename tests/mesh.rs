@@ -149,7 +149,16 @@ impl Mesh {
         let apps = ["0.0.0.0:8080", "tcp:0.0.0.0:5432", "tcp:0.0.0.0:9187"].map(|at| start_app(&server, at));
         let client_proxy = sidecar(&client, dir.path(), ("client", "client-1", CLIENT));
         let server_proxy = sidecar(&server, dir.path(), ("web", "web-1", SERVER));
-        Self { client, server, outsider, client_proxy, _server_proxy: server_proxy, _apps: apps, _machines: machines, dir }
+        Self {
+            client,
+            server,
+            outsider,
+            client_proxy,
+            _server_proxy: server_proxy,
+            _apps: apps,
+            _machines: machines,
+            dir,
+        }
     }
 
     fn get(&self, path: &str) -> (u16, String) {
@@ -198,6 +207,7 @@ fn two_sidecars_speak_mtls_and_obey_policy() {
     bytes_arrive_as_they_were(&mesh);
     connections_are_limited(&mesh);
     canaries(&mesh);
+    garbage_harms_nobody(&mesh);
 
     // A changed policy is in force without a restart.
     replace(&mesh.dir.path().join("config/policy.yaml"), &policy("/forbidden"));
@@ -253,6 +263,29 @@ fn connections_are_limited(mesh: &Mesh) {
     assert_eq!(crowd(&mesh.client, DATABASE, 25), (20, true));
     wait_for("the log", LIMIT, || mesh.log("client").iter().filter(|line| line["flags"] == "UO").count() >= 5)
         .unwrap_or_else(|e| panic!("{e}: {:?}", mesh.log("client")));
+}
+
+/// What nobody should send to the proxy's ports ends in a closed connection, and nothing else.
+fn garbage_harms_nobody(mesh: &Mesh) {
+    let noise: Vec<u8> = (0..65_536_u32).map(|i| (i.wrapping_mul(2_246_822_519) >> 13) as u8).collect();
+    let preface = [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", &noise[..512]].concat();
+    let hello = [&[0x16, 3, 1, 0x40, 0][..], &noise[..2048]].concat();
+    let header = [b"GET / HTTP/1.1\r\nx: ", &noise[..]].concat();
+    let pieces =
+        [&b""[..], b"\0", b"GET", b"\r\n\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", &noise, &preface, &hello, &header];
+    for piece in pieces {
+        for port in [15001, 15006, 15021, 15090, 8080, 5432] {
+            // Answers are allowed (400, a TLS alert); what counts is that the connection ends.
+            talk(&mesh.outsider, &format!("{SERVER}:{port}"), piece);
+        }
+        talk(&mesh.server, "127.0.0.1:15000", piece);
+    }
+    for machine in [&mesh.client, &mesh.server] {
+        let (status, metrics) = curl(machine, &["http://127.0.0.1:15090/stats/prometheus"]);
+        let panics: Vec<&str> = metrics.lines().filter(|l| l.contains("panics_total") && !l.starts_with('#')).collect();
+        assert!(status == 200 && panics.iter().all(|l| l.ends_with(" 0")), "{status} {panics:?}");
+    }
+    assert_eq!(mesh.get("/allowed").0, 200, "they serve as before");
 }
 
 /// T31, T33: a subset without endpoints, which then gets one.
