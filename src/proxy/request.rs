@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use http::header::{CONNECTION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, LOCATION, SET_COOKIE};
+use http::header::{
+    CONNECTION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, LOCATION, SET_COOKIE, TRANSFER_ENCODING,
+};
 use http::{Method, Request, Response, StatusCode, Version};
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
@@ -206,7 +208,7 @@ impl Script<'_> {
         let kept = keeps_head.then(|| Box::new(copy_of(head)));
         let body = if upgrade { upstream::Body::empty() } else { body };
         mirror::send(self.http, target.view, target.forward, head, &body);
-        tell_no_body(head, &body, target.cluster);
+        tell_length(head, &body, target.cluster);
         let client = if upgrade { head.extensions.remove::<OnUpgrade>() } else { None };
         let call = Call {
             retry: target.forward.retry.as_ref(),
@@ -434,17 +436,21 @@ fn normalise(head: &mut Head, http: &HttpConn) -> Result<(), Box<Reply>> {
     }
 }
 
-/// An HTTP/1 application is told that a request has no body, unless its method says so. (The codec does it for the
-/// usual methods.)
-fn tell_no_body(head: &mut Head, body: &upstream::Body, cluster: &ClusterLocal) {
+/// An HTTP/1 application is told that a request has no body, unless its method says so, and that it has one of unknown
+/// length, if its method says otherwise. (The codec does it for the usual methods, and would leave out that body.)
+fn tell_length(head: &mut Head, body: &upstream::Body, cluster: &ClusterLocal) {
     let to_http2 = match cluster.shared.config.http.protocol {
         UpstreamProtocol::Http1 => false,
         UpstreamProtocol::Http2 => true,
         UpstreamProtocol::Downstream => head.version == Version::HTTP_2,
     };
     let is_bodiless = matches!(head.method, Method::GET | Method::HEAD | Method::DELETE | Method::TRACE);
-    if !to_http2 && !is_bodiless && http_body::Body::is_end_stream(body) {
+    let has_body = !http_body::Body::is_end_stream(body);
+    if !to_http2 && !is_bodiless && !has_body {
         head.headers.entry(CONTENT_LENGTH).or_insert(HeaderValue::from_static("0"));
+    }
+    if !to_http2 && is_bodiless && has_body && http_body::Body::size_hint(body).exact().is_none() {
+        head.headers.insert(TRANSFER_ENCODING, HeaderValue::from_static("chunked"));
     }
 }
 
