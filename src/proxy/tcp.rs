@@ -132,6 +132,10 @@ fn judge(view: &View, conn: &Conn) -> Option<String> {
         Now::Same => None,
         Now::Gone if view.snap.listener(&conn.listener.name).is_none() => None,
         Now::Gone => conn.is_inbound().then(|| Kind::NoChain.row().details.to_owned()),
+        // New connections are refused there, and no policy stands where one cannot be used.
+        Now::Other(chain) if chain.unusable.is_some() && conn.is_inbound() => {
+            Some(Kind::PolicyUnusable.row().details.to_owned())
+        }
         Now::Other(chain) => check_policy(chain, &conn.attributes(), &conn.env).err(),
     }
 }
