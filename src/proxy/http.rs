@@ -2,6 +2,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crossbeam_utils::CachePadded;
 use http::{HeaderValue, Version};
@@ -31,6 +32,9 @@ const MAX_STREAMS: u32 = 1024;
 const STREAM_WINDOW: u32 = 256 * 1024;
 /// Credit of a connection: several busy streams.
 const CONNECTION_WINDOW: u32 = 1024 * 1024;
+
+/// HTTP/2 peers are told to go within this time of the goodbye's beginning, not all at the same moment.
+const SPREAD: Duration = Duration::from_secs(1);
 
 /// A connection as one chain serves it: what the requests share until configuration changes.
 pub(super) struct HttpConn {
@@ -131,12 +135,12 @@ pub(super) async fn serve(stream: Stream, conn: Arc<Conn>, chain: &Arc<HttpChain
             http.metrics.cx_http1_total.inc();
             let builder = http1(&http.chain.options, http.conn.eof);
             let connection = Box::pin(builder.serve_connection(io, service).with_upgrades());
-            drive(connection, |connection| connection.graceful_shutdown(), &live).await
+            drive(connection, |connection| connection.graceful_shutdown(), &live, codec).await
         }
         Codec::Http2 => {
             http.metrics.cx_http2_total.inc();
             let connection = Box::pin(http2(&http.chain.options).serve_connection(io, service));
-            drive(connection, |connection| connection.graceful_shutdown(), &live).await
+            drive(connection, |connection| connection.graceful_shutdown(), &live, codec).await
         }
     };
     if let Err(error) = ended {
@@ -201,7 +205,7 @@ fn http2(options: &HttpOptions) -> http2::Builder<TokioExecutor> {
 }
 
 /// Runs a connection until it ends, or until it has to and its grace is over.
-async fn drive<C>(mut connection: Pin<Box<C>>, say_goodbye: fn(Pin<&mut C>), live: &Live) -> Served
+async fn drive<C>(mut connection: Pin<Box<C>>, say_goodbye: fn(Pin<&mut C>), live: &Live, codec: Codec) -> Served
 where
     C: Future<Output = Served>,
 {
@@ -210,7 +214,7 @@ where
     let goodbye = tokio::select! {
         biased;
         ended = connection.as_mut() => return ended,
-        goodbye = Quiet::new(until_goodbye(live, &mut drain)) => goodbye,
+        goodbye = Quiet::new(until_goodbye(live, &mut drain, codec)) => goodbye,
     };
     match goodbye {
         Goodbye::Leaving | Goodbye::Outdated => http.metrics.cx_drain_close.inc(),
@@ -228,7 +232,7 @@ where
 }
 
 /// Waits for a reason to end the connection.
-async fn until_goodbye(live: &Live, drain: &mut Watch) -> Goodbye {
+async fn until_goodbye(live: &Live, drain: &mut Watch, codec: Codec) -> Goodbye {
     let mut views = live.first().conn.env.view.subscribe();
     // What changed before we listened was not looked at yet.
     views.mark_changed();
@@ -242,7 +246,7 @@ async fn until_goodbye(live: &Live, drain: &mut Watch) -> Goodbye {
         let idle = options.idle_timeout.map(|limit| http.counts.idle_deadline(start, limit));
         let next = [idle, oldest].into_iter().flatten().min();
         tokio::select! {
-            () = drain.reached(Phase::Closing) => return Goodbye::Leaving,
+            () = leaving(drain, codec) => return Goodbye::Leaving,
             Ok(()) = views.changed() => continue,
             () = until(next) => {}
         }
@@ -254,6 +258,18 @@ async fn until_goodbye(live: &Live, drain: &mut Watch) -> Goodbye {
             return Goodbye::Idle;
         }
     }
+}
+
+/// HTTP/1 responses say `connection: close` for as long as there is time. HTTP/2 has only GOAWAY to say it with, and peers
+/// need time to hear it: at the end it would come together with the cut.
+async fn leaving(drain: &mut Watch, codec: Codec) {
+    if codec == Codec::Http2 {
+        drain.reached(Phase::Lame).await;
+        // Either answer leads on.
+        let _ = timeout(SPREAD.mul_f64(fastrand::f64()), drain.reached(Phase::Closing)).await;
+        return;
+    }
+    drain.reached(Phase::Closing).await;
 }
 
 async fn until(deadline: Option<Instant>) {

@@ -257,11 +257,19 @@ impl Mesh {
         clusters: Vec<Cluster>,
         listener_filters: Vec<model::ListenerFilter>,
     ) -> snapshot::Snapshot {
+        let chain = FilterChain { name: "c".into(), filters, matches, ..FilterChain::default() };
+        Self::compile_chain(chain, clusters, listener_filters)
+    }
+
+    fn compile_chain(
+        chain: FilterChain,
+        clusters: Vec<Cluster>,
+        listener_filters: Vec<model::ListenerFilter>,
+    ) -> snapshot::Snapshot {
         let mut model = Model::default();
         for cluster in clusters {
             model.clusters.insert(Arc::clone(&cluster.name), Arc::new(cluster));
         }
-        let chain = FilterChain { name: "c".into(), filters, matches, ..FilterChain::default() };
         let listener = model::Listener {
             name: "in".into(),
             address: Address::Socket("0.0.0.0:15006".parse().unwrap()),
@@ -538,6 +546,24 @@ async fn a_policy_that_appears_ends_open_connections() {
     assert_eq!(client.rest().await, "");
 }
 
+#[tokio::test]
+async fn a_policy_that_cannot_be_used_any_more_ends_open_connections() {
+    let app = App::start("", true).await;
+    let clusters = || vec![cluster("app", app.address, UpstreamProtocol::Http1)];
+    let mesh = Mesh::new(vec![tcp_proxy()], clusters());
+    let mut client = mesh.connect();
+    client.send("hello\n").await;
+    client.until("\n").await;
+    let closed = FilterChain {
+        name: "c".into(),
+        filters: vec![tcp_proxy()],
+        unusable: Some("AuthorizationPolicy".into()),
+        ..FilterChain::default()
+    };
+    mesh.swap(Mesh::compile_chain(closed, clusters(), Vec::new()));
+    assert_eq!(client.rest().await, "");
+}
+
 /// A snapshot whose listener has a chain, but none for the port that clients of these tests ask for.
 fn without_chain(filters: Vec<NetworkFilter>) -> snapshot::Snapshot {
     let elsewhere = ChainMatch { destination_port: Some(9), ..ChainMatch::default() };
@@ -622,6 +648,32 @@ async fn leaving_closes_after_the_response_and_then_what_is_idle() {
     mesh.drain.enter(Phase::Closing);
     assert_eq!(idle.rest().await, "");
     mesh.drain.wait_for_zero().await;
+}
+
+#[tokio::test]
+async fn leaving_tells_http2_before_the_end() {
+    let app = App::start(OK, false).await;
+    let mesh = Mesh::http(&app, vec![forward("/")], Vec::new());
+    let mut two = http2(&mesh).await;
+    assert_eq!(two.send_request(post("/", "a")).await.unwrap().status(), 200);
+    mesh.drain.enter(Phase::Lame);
+    let ended = async {
+        while two.ready().await.is_ok() {
+            tokio::task::yield_now().await
+        }
+    };
+    tokio::time::timeout(LIMIT, ended).await.expect("GOAWAY while there is time");
+    mesh.drain.wait_for_zero().await;
+}
+
+#[tokio::test]
+async fn a_body_of_unknown_length_goes_with_any_method() {
+    let app = App::start(OK, false).await;
+    let mesh = Mesh::http(&app, vec![forward("/")], Vec::new());
+    let mut client = mesh.connect();
+    client.send("GET / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n").await;
+    client.until("ok\n").await;
+    assert!(app.heads()[0].contains("transfer-encoding: chunked\r\n"), "{}", app.heads()[0]);
 }
 
 #[tokio::test]
