@@ -42,8 +42,7 @@ fn inbound(case: &Case, certs: &Path) -> Value {
     let cluster = json!({"name": "inbound", "type": "ORIGINAL_DST", "lb_policy": "CLUSTER_PROVIDED",
         "connect_timeout": "10s", "circuit_breakers": breakers(),
         "upstream_bind_config": {"source_address": {"address": "127.0.0.6", "port_value": 0}},
-        "typed_extension_protocol_options": options(&json!({"use_downstream_protocol_config":
-            {"http_protocol_options": {}, "http2_protocol_options": {}}}))});
+        "typed_extension_protocol_options": options(&json!({"explicit_http_config": {"http_protocol_options": {}}}))});
     bootstrap(&json!([listener]), &json!([cluster]))
 }
 

@@ -52,11 +52,10 @@ fn inbound(case: &Case, certs: &Path) -> String {
     text.push_str("  http-request deny\n");
     // The redirect takes what the proxy's user sends to its own machine, unless it comes from 127.0.0.6.
     // `allow` ends the rules; what follows in the backend is done for every request that got so far.
-    let protocol = if case.h2_inside { " proto h2" } else { "" };
     write!(
         text,
         "  default_backend app\nbackend app\n  http-request set-header x-forwarded-proto http\n  \
-         http-request set-header x-request-id %[uuid]\n  server app {B}:{PORT} source 127.0.0.6{protocol}\n"
+         http-request set-header x-request-id %[uuid]\n  server app {B}:{PORT} source 127.0.0.6\n"
     )
     .expect("writing to a string");
     text
