@@ -17,6 +17,7 @@
 mod client_hello;
 mod connect;
 pub mod copy;
+mod gather;
 mod listen;
 mod orig_dst;
 pub mod proxy_protocol;
@@ -24,6 +25,7 @@ pub mod sniff;
 mod stream;
 
 pub use connect::{Keepalive, Target, connect, connect_unix};
+pub use gather::{Gather, Turn};
 pub use listen::{ListenOptions, listen, probe_free};
 pub use orig_dst::original_dst;
 pub use stream::{Io, Stream};

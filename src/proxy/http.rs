@@ -19,8 +19,8 @@ use super::quiet::Quiet;
 use super::{request, xfcc};
 use crate::drain::{Phase, Watch};
 use crate::error::{Flags, Kind};
-use crate::net::Stream;
 use crate::net::sniff::{Codec, read_codec};
+use crate::net::{Gather, Stream, Turn};
 use crate::snapshot::{Chain, HttpChain, HttpFilter, HttpOptions};
 use crate::telemetry::{AccessLogs, HttpMetrics, RecordKind};
 
@@ -129,18 +129,19 @@ pub(super) async fn serve(stream: Stream, conn: Arc<Conn>, chain: &Arc<HttpChain
         let live = Arc::clone(&live);
         service_fn(move |request| request::handle(live.now(), request))
     };
-    let io = TokioIo::new(stream);
     let ended = match codec {
         Codec::Http1 => {
             http.metrics.cx_http1_total.inc();
             let builder = http1(&http.chain.options, http.conn.eof);
-            let connection = Box::pin(builder.serve_connection(io, service).with_upgrades());
+            let connection = Box::pin(builder.serve_connection(TokioIo::new(stream), service).with_upgrades());
             drive(connection, |connection| connection.graceful_shutdown(), &live, codec).await
         }
         Codec::Http2 => {
             http.metrics.cx_http2_total.inc();
-            let connection = Box::pin(http2(&http.chain.options).serve_connection(io, service));
-            drive(connection, |connection| connection.graceful_shutdown(), &live, codec).await
+            let turn = Turn::default();
+            let io = TokioIo::new(Gather::new(stream, turn.clone()));
+            let connection = Box::pin(turn.count(http2(&http.chain.options).serve_connection(io, service)));
+            drive(connection, |connection| connection.inner().graceful_shutdown(), &live, codec).await
         }
     };
     if let Err(error) = ended {
