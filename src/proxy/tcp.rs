@@ -112,7 +112,7 @@ async fn limit(duration: Option<Duration>) {
 
 /// Ends when policy no longer lets this connection be, with the details. Only policy closes a connection: other changes
 /// of its chain are for new connections.
-async fn denied(conn: &Conn) -> String {
+pub(super) async fn denied(conn: &Conn) -> String {
     let mut views = conn.env.view.subscribe();
     // What changed before we listened was not judged yet.
     views.mark_changed();

@@ -491,6 +491,13 @@ async fn websockets_relay_bytes() {
     client.send("hello").await;
     assert_eq!(client.until("hello").await, "hello");
     assert_eq!(mesh.drain.active(), 1);
+    let same = NetworkFilter::Http(Box::new(manager(vec![forward("/")], Vec::new())));
+    mesh.swap(Mesh::compile(vec![same.clone()], vec![cluster("app", app.address, UpstreamProtocol::Http1)]));
+    client.send("again").await;
+    assert_eq!(client.until("again").await, "again");
+    mesh.swap(without_chain(vec![same]));
+    assert_eq!(client.rest().await, "", "no chain would take it any more");
+    mesh.drain.wait_for_zero().await;
 }
 
 #[tokio::test]

@@ -1,12 +1,14 @@
 //! Connections that switch protocols: from the 101 on, bytes are relayed.
 
 use std::borrow::Cow;
+use std::sync::Arc;
 use std::time::Duration;
 
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 
 use super::ctx::Ctx;
+use super::tcp;
 use crate::drain::Phase;
 use crate::error::Flags;
 use crate::net::copy::{self, End, First};
@@ -23,13 +25,20 @@ pub(super) struct Switch {
 }
 
 /// Relays until both sides are done, in a task of its own: the codec has let go of the connection by then. The account
-/// and the connection's drain guard live as long as the task.
+/// and the connection's drain guard live as long as the task. Policy of connections is asked again when it changes; that
+/// of requests is not: the request was judged when it came.
 pub(super) fn spawn(mut ctx: Box<Ctx>, switch: Switch) {
     tokio::spawn(async move {
-        let mut drain = ctx.http.conn.env.drain().clone();
-        tokio::select! {
-            () = relay(&mut ctx, switch) => {}
-            () = drain.reached(Phase::Gone) => {}
+        let conn = Arc::clone(&ctx.http.conn);
+        let mut drain = conn.env.drain().clone();
+        let denied = tokio::select! {
+            () = relay(&mut ctx, switch) => None,
+            () = drain.reached(Phase::Gone) => None,
+            details = tcp::denied(&conn) => Some(details),
+        };
+        if let Some(details) = denied {
+            ctx.details = Cow::Owned(details);
+            ctx.complete();
         }
     });
 }
