@@ -186,6 +186,12 @@ fn undecidable(case: &Value) -> Option<&'static str> {
     if case["rule"].is_string() {
         return Some("the case is a rule in words; the project's own tests cover it");
     }
+    let refuses = |entry: &Value| !entry["goaway"].is_null() && entry["headers"].is_null();
+    if list(&case["app"]).iter().flat_map(|app| list(&app["script"])).any(refuses) {
+        return Some(
+            "an application that says goodbye instead of answering: the runner's HTTP/2 library finishes what it took",
+        );
+    }
     let resumes = |step: &Value| !step["tls"]["resume"].is_null() || !step["tls"]["keepSession"].is_null();
     list(&case["steps"])
         .iter()

@@ -22,6 +22,13 @@ const SILENCE: u64 = 400;
 /// Upper bound where something is expected: ten times what was recorded would be too long for all cases.
 const PATIENCE: u64 = 5000;
 
+/// A connection with what is told of it so far, or what to report instead.
+type Opened = Result<(Conn, Map<String, Value>), Value>;
+
+/// Between two of many that speak at once, milliseconds: as far apart as their handshakes kept them in the recordings, so
+/// that a connection stands before the next asks for one.
+const ARRIVAL: u64 = 3;
+
 /// What all steps of a case share.
 #[derive(Clone)]
 pub(super) struct Client {
@@ -41,7 +48,7 @@ impl Client {
         if count("repeat") > 0 {
             return self.repeated(said, count("repeat")).await;
         }
-        let answer = self.single(said).await;
+        let answer = self.single(said, self.open(said).await).await;
         if let Some(wait) = said["waitAfterMs"].as_u64() {
             tokio::time::sleep(Duration::from_millis(wait)).await;
         }
@@ -49,13 +56,19 @@ impl Client {
     }
 
     async fn parallel(&self, said: &Value, count: u64) -> Value {
-        let stagger = said["staggerMs"].as_u64().unwrap_or(0);
+        let stagger = said["staggerMs"].as_u64().unwrap_or(ARRIVAL);
         let said = Arc::new(said.clone());
         let mut tasks = Vec::new();
-        for _ in 0..count {
-            let (client, said) = (self.clone(), Arc::clone(&said));
-            tasks.push(tokio::spawn(async move { client.single(&said).await }));
-            tokio::time::sleep(Duration::from_millis(stagger)).await;
+        // Handshakes cost more than what the case is about: everybody speaks once all are there.
+        let all = Arc::new(tokio::sync::Barrier::new(usize::try_from(count).unwrap_or(usize::MAX)));
+        for number in 0..count {
+            let (client, said, all) = (self.clone(), Arc::clone(&said), Arc::clone(&all));
+            tasks.push(tokio::spawn(async move {
+                let opened = client.open(&said).await;
+                all.wait().await;
+                tokio::time::sleep(Duration::from_millis(stagger * number)).await;
+                client.single(&said, opened).await
+            }));
         }
         let mut tally = Tally::default();
         for task in tasks {
@@ -94,7 +107,7 @@ impl Client {
     }
 
     /// Connects, with TLS where the step says. `Err`: what to report instead.
-    async fn open(&self, said: &Value) -> Result<(Conn, Map<String, Value>), Value> {
+    async fn open(&self, said: &Value) -> Opened {
         let Ok(to) = said["connect"].as_str().unwrap_or_default().parse::<SocketAddr>() else {
             return Err(json!({"error": format!("{} is no address", said["connect"])}));
         };
@@ -118,8 +131,8 @@ impl Client {
         }
     }
 
-    async fn single(&self, said: &Value) -> Value {
-        let (conn, mut out) = match self.open(said).await {
+    async fn single(&self, said: &Value, opened: Opened) -> Value {
+        let (conn, mut out) = match opened {
             Ok(opened) => opened,
             Err(failed) => return failed,
         };
