@@ -25,9 +25,9 @@ const PATIENCE: u64 = 5000;
 /// A connection with what is told of it so far, or what to report instead.
 type Opened = Result<(Conn, Map<String, Value>), Value>;
 
-/// Between two of many that speak at once, milliseconds: as far apart as their handshakes kept them in the recordings, so
-/// that a connection stands before the next asks for one.
-const ARRIVAL: u64 = 3;
+/// All of many that speak at once have spoken within this time, milliseconds: as far apart as their handshakes kept them in
+/// the recordings, so that a connection stands before the next asks for one.
+const ARRIVALS: u64 = 400;
 
 /// What all steps of a case share.
 #[derive(Clone)]
@@ -56,7 +56,7 @@ impl Client {
     }
 
     async fn parallel(&self, said: &Value, count: u64) -> Value {
-        let stagger = said["staggerMs"].as_u64().unwrap_or(ARRIVAL);
+        let stagger = said["staggerMs"].as_u64().unwrap_or_else(|| (ARRIVALS / count).clamp(2, 30));
         let said = Arc::new(said.clone());
         let mut tasks = Vec::new();
         // Handshakes cost more than what the case is about: everybody speaks once all are there.
