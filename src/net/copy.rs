@@ -278,6 +278,43 @@ mod tests {
         Ends { client, app, copy }
     }
 
+    /// A peer whose bytes end without a goodbye, as TLS calls it.
+    struct Cut<'a>(&'a [u8]);
+
+    impl AsyncRead for Cut<'_> {
+        fn poll_read(mut self: Pin<&mut Self>, _: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            if self.0.is_empty() {
+                return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into()));
+            }
+            into.put_slice(std::mem::take(&mut self.0));
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    impl AsyncWrite for Cut<'_> {
+        fn poll_write(self: Pin<&mut Self>, _: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+            Poll::Ready(Ok(bytes.len()))
+        }
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Ready(Ok(()))
+        }
+    }
+
+    #[tokio::test]
+    async fn closing_tls_without_a_goodbye_is_an_end() {
+        let (mut app, mut near) = duplex(64);
+        let copy =
+            tokio::spawn(async move { both(&mut Cut(b"all of it"), &mut near, &Counters::default(), None).await });
+        let mut got = String::new();
+        app.read_to_string(&mut got).await.unwrap();
+        assert_eq!(got, "all of it");
+        drop(app);
+        assert!(matches!(copy.await.unwrap(), End::Done(First::Client)));
+    }
+
     #[tokio::test]
     async fn a_half_close_is_passed_on_and_the_answer_still_comes() {
         let mut ends = start(None);
