@@ -403,7 +403,7 @@ impl Error {
     }
     /// Details for the log: its own, else the table's.
     pub fn details(&self) -> &str {
-        self.details.as_deref().unwrap_or(self.kind.row().details)
+        self.details.as_deref().unwrap_or_else(|| self.kind.row().details)
     }
 }
 

@@ -72,6 +72,9 @@ fn collect(root: &Path, folder: &Path, out: &mut Vec<Source>) {
             collect(root, &path, out);
         } else if path.extension().is_some_and(|e| e == "rs") && !is_test_file(&path) {
             let text = fs::read_to_string(&path).expect("a readable source file");
+            if text.lines().any(|line| line == "#![cfg(test)]") {
+                continue;
+            }
             let inner = path.strip_prefix(root).expect("below the root").to_owned();
             out.push(Source { code: without_tests(&text), inner, path });
         }
@@ -91,7 +94,7 @@ fn without_tests(text: &str) -> String {
     let mut lines = text.lines().peekable();
     while let Some(line) = lines.next() {
         let next = lines.peek().copied().unwrap_or_default();
-        if line == "#[cfg(test)]" && next.starts_with("mod ") && next.ends_with('{') {
+        if line == "#[cfg(test)]" && (next.starts_with("mod ") || next.contains(") mod ")) && next.ends_with('{') {
             break;
         }
         out.push_str(line);

@@ -46,6 +46,7 @@ pub enum Protocol {
 /// What the client wraps it in.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "lowercase")]
+#[allow(clippy::enum_variant_names, reason = "the words of the command line")]
 pub enum Tls {
     /// Nothing.
     #[default]

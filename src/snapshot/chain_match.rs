@@ -118,7 +118,7 @@ impl<T> Default for Networks<T> {
 impl<T: Default> Networks<T> {
     fn get(&self, ip: IpAddr) -> Option<&T> {
         let found = self.by_prefix.iter().find(|(net, _)| net.contains(&ip)).map(|(_, next)| next);
-        found.or(if ip.is_ipv4() { self.v4.as_ref() } else { self.v6.as_ref() })
+        found.or_else(|| if ip.is_ipv4() { self.v4.as_ref() } else { self.v6.as_ref() })
     }
 
     fn at(&mut self, net: IpNet) -> &mut T {

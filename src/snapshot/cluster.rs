@@ -82,7 +82,7 @@ pub enum Transport {
     /// TLS.
     Tls(ClientTls),
     /// PROXY protocol header (version 1 or 2) in front of another socket.
-    ProxyProtocol(u8, Box<Transport>),
+    ProxyProtocol(u8, Box<Self>),
     /// Cannot be used, and why (no certificate yet, not supported).
     Unusable(Name),
 }

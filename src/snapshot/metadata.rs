@@ -25,8 +25,8 @@ enum Wanted {
     Text(StringMatch),
     Bool(bool),
     Present(bool),
-    OneOf(Box<Wanted>),
-    Or(Box<[Wanted]>),
+    OneOf(Box<Self>),
+    Or(Box<[Self]>),
     Number(f64),
 }
 

@@ -479,7 +479,7 @@ fn chain_match() -> impl Strategy<Value = ChainMatch> {
 /// Keeps the chains with the best value of one criterion, as a trie does; `rank` is the best rank of a chain's values.
 fn narrow<'m, R: Ord>(left: &mut Vec<(usize, &'m ChainMatch)>, rank: impl Fn(&'m ChainMatch) -> Vec<Option<R>>) {
     let best = left.iter().flat_map(|(_, m)| rank(m)).flatten().max();
-    left.retain(|(_, m)| best.is_some() && rank(m).iter().any(|r| *r == best));
+    left.retain(|(_, m)| best.is_some() && rank(m).contains(&best));
 }
 
 fn ranks<T, R>(values: &[T], unset: R, rank: impl Fn(&T) -> Option<R>) -> Vec<Option<R>> {

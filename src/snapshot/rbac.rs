@@ -49,9 +49,9 @@ pub(super) struct Policy {
 #[derive(Debug)]
 pub(super) enum Condition {
     Any,
-    And(Box<[Condition]>),
-    Or(Box<[Condition]>),
-    Not(Box<Condition>),
+    And(Box<[Self]>),
+    Or(Box<[Self]>),
+    Not(Box<Self>),
     Header(HeaderMatch),
     UrlPath(StringMatch),
     Template(Box<Regex>),

@@ -349,6 +349,7 @@ mod tests {
     }
 
     #[test]
+    #[allow(clippy::too_many_lines, reason = "a table")]
     fn the_nearest_rule_and_its_first_failed_condition() {
         let mut peer = Peer::default();
         peer.uri_sans = vec!["spiffe://td/ns/a/sa/x".into()];

@@ -137,7 +137,7 @@ fn timed_out(call: &Call<'_>, trace: &mut Trace) -> Error {
 }
 
 fn answer(call: &Call<'_>, mut response: http::Response<Incoming>, hold: Hold, timer: Timer) -> Answer {
-    let switched = call.upgrade && response.status() == http::StatusCode::SWITCHING_PROTOCOLS;
+    let switched = call.upgrade && response.status() == StatusCode::SWITCHING_PROTOCOLS;
     let upgrade = switched.then(|| hyper::upgrade::on(&mut response));
     let (head, incoming) = response.into_parts();
     let body = if switched { AnswerBody::upgraded(incoming, hold) } else { AnswerBody::new(incoming, hold, timer) };

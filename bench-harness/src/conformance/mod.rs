@@ -3,6 +3,8 @@
 //! The runner knows formats. What is in reach, what may differ and why, is said by rules in `docs/conformance.toml`,
 //! which are predicates over a case's content and the difference, never case names.
 
+#![cfg_attr(not(feature = "conformance"), allow(dead_code, reason = "what replays wire cases needs the feature"))]
+
 mod authz;
 mod calls;
 mod explain;

@@ -74,6 +74,7 @@ pub enum ClusterKind {
 
 /// Balancers.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[allow(missing_docs, reason = "a variant's line tells its fields")]
 pub enum LbPolicy {
     /// Weighted round robin.
     RoundRobin { slow_start: Option<Duration> },
@@ -203,7 +204,7 @@ pub enum Transport {
     /// TLS.
     Tls(Box<UpstreamTls>),
     /// PROXY protocol header (version 1 or 2) in front of another socket.
-    ProxyProtocol(u8, Box<Transport>),
+    ProxyProtocol(u8, Box<Self>),
     /// Not served; its name.
     Unsupported(String),
 }

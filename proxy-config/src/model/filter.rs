@@ -10,6 +10,7 @@ use super::{HeaderMatcher, JwtAuthn, Name, Rbac, RouteTable, StringMatcher};
 
 /// A network filter of a chain.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[allow(missing_docs, reason = "a variant's line tells its fields")]
 pub enum NetworkFilter {
     /// `istio.metadata_exchange` on TCP; the ALPN name that switches it on.
     MetadataExchange { protocol: String, enable_discovery: bool },
@@ -225,6 +226,7 @@ pub enum UnderscoreHeaders {
 
 /// An HTTP filter.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[allow(missing_docs, reason = "a variant's line tells its fields")]
 pub enum HttpFilter {
     /// `istio.metadata_exchange` (`io.istio.http.peer_metadata.Config`), as its canonical JSON.
     PeerMetadata(serde_json::Value),
@@ -268,6 +270,7 @@ pub struct AccessLog {
 
 /// Where an access log goes.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[allow(missing_docs, reason = "a variant's line tells its fields")]
 pub enum LogSink {
     /// A file path (`/dev/stdout`) with a format.
     File { path: String, format: LogFormat },
@@ -298,9 +301,9 @@ pub enum LogFilter {
     /// A CEL expression.
     Cel(String),
     /// All.
-    And(Vec<LogFilter>),
+    And(Vec<Self>),
     /// One of.
-    Or(Vec<LogFilter>),
+    Or(Vec<Self>),
     /// A header matcher.
     Header(HeaderMatcher),
 }

@@ -79,6 +79,7 @@ pub struct ListenerFilter {
 
 /// The listener filters that istiod sends.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[allow(missing_docs, reason = "a variant's line tells its fields")]
 pub enum ListenerFilterKind {
     /// Restores the original destination.
     OriginalDst,
@@ -100,11 +101,11 @@ pub enum PortPredicate {
     /// Ports in `[start, end)`.
     Range(u16, u32),
     /// One of these holds.
-    Or(Vec<PortPredicate>),
+    Or(Vec<Self>),
     /// All of these hold.
-    And(Vec<PortPredicate>),
+    And(Vec<Self>),
     /// The opposite.
-    Not(Box<PortPredicate>),
+    Not(Box<Self>),
 }
 
 impl PortPredicate {

@@ -57,11 +57,11 @@ pub enum Permission {
     /// Always.
     Any,
     /// All.
-    And(Vec<Permission>),
+    And(Vec<Self>),
     /// One of.
-    Or(Vec<Permission>),
+    Or(Vec<Self>),
     /// Opposite.
-    Not(Box<Permission>),
+    Not(Box<Self>),
     /// A header or pseudo-header.
     Header(HeaderMatcher),
     /// Path without query and fragment.
@@ -84,11 +84,11 @@ pub enum Principal {
     /// Always.
     Any,
     /// All.
-    And(Vec<Principal>),
+    And(Vec<Self>),
     /// One of.
-    Or(Vec<Principal>),
+    Or(Vec<Self>),
     /// Opposite.
-    Not(Box<Principal>),
+    Not(Box<Self>),
     /// Peer identity; `None` is any authenticated peer.
     Authenticated(Option<StringMatcher>),
     /// Connection's peer address.
@@ -130,9 +130,9 @@ pub enum ValueMatcher {
     /// There (`true`) or not.
     Present(bool),
     /// A list with one element that matches.
-    ListOneOf(Box<ValueMatcher>),
+    ListOneOf(Box<Self>),
     /// One of several.
-    Or(Vec<ValueMatcher>),
+    Or(Vec<Self>),
     /// A number.
     Double(f64),
 }
@@ -179,6 +179,7 @@ pub struct JwtProvider {
 
 /// Where keys come from.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[allow(missing_docs, reason = "a variant's line tells its fields")]
 pub enum JwksSource {
     /// None given: nothing verifies.
     #[default]
@@ -195,9 +196,9 @@ pub enum JwtRequirement {
     /// This provider.
     Provider(String),
     /// Any of.
-    Any(Vec<JwtRequirement>),
+    Any(Vec<Self>),
     /// All of.
-    All(Vec<JwtRequirement>),
+    All(Vec<Self>),
     /// No token is fine, a bad one is not.
     AllowMissing,
     /// Anything is fine.

@@ -97,6 +97,7 @@ pub enum PathMatch {
 
 /// What a route does.
 #[derive(Debug, Clone, PartialEq, Serialize)]
+#[allow(missing_docs, reason = "a variant's line tells its fields")]
 pub enum RouteAction {
     /// Forward.
     Forward(Box<Forward>),
@@ -235,6 +236,7 @@ pub struct HashPolicy {
 
 /// Source of a consistent hash.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[allow(missing_docs, reason = "a variant's line tells its fields")]
 pub enum HashKind {
     /// A header's value.
     Header(String),
