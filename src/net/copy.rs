@@ -60,6 +60,10 @@ where
     poll_fn(|cx| {
         let before = up.moved + down.moved;
         let up_done = match up.poll(cx, client, upstream, &counters.sent) {
+            // A client that goes without ceremony once the upstream has said everything breaks nothing off.
+            Poll::Ready(Err(Failure::Read(_))) if first == Some(First::Upstream) => {
+                return Poll::Ready(End::Done(First::Upstream));
+            }
             Poll::Ready(Err(failure)) => return Poll::Ready(failure.end(false)),
             other => other.is_ready(),
         };
@@ -361,6 +365,29 @@ mod tests {
         let (end, sent, _) = ends.copy.await.unwrap();
         assert!(matches!(end, End::Idle));
         assert_eq!((sent, begin.elapsed().as_secs()), (1, 18));
+    }
+
+    #[tokio::test]
+    async fn a_client_breaks_nothing_off_once_the_upstream_is_done() {
+        for (upstream_ends, in_order) in [(true, true), (false, false)] {
+            let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let (client, accepted) = tokio::join!(tokio::net::TcpStream::connect(address), listener.accept());
+            let (mut client, mut near) = (client.unwrap(), accepted.unwrap().0);
+            let (mut app, mut far) = duplex(64);
+            let copy = tokio::spawn(async move { both(&mut near, &mut far, &Counters::default(), None).await });
+            app.write_all(b"bye").await.unwrap();
+            let mut said = vec![0; 3];
+            client.read_exact(&mut said).await.unwrap();
+            if upstream_ends {
+                app.shutdown().await.unwrap();
+                assert_eq!(client.read(&mut said).await.unwrap(), 0);
+            }
+            socket2::SockRef::from(&client).set_linger(Some(Duration::ZERO)).unwrap();
+            drop(client);
+            let end = copy.await.unwrap();
+            assert!(if in_order { matches!(end, End::Done(First::Upstream)) } else { matches!(end, End::Client(_)) });
+        }
     }
 
     #[tokio::test]
