@@ -21,7 +21,7 @@ pub enum Stream {
     /// A plain socket.
     Tcp(TcpStream),
     /// A Unix domain socket.
-    Unix(UnixStream),
+    Unix(Box<UnixStream>),
     /// TLS where we are the server.
     ServerTls(Box<dyn Io>),
     /// TLS where we are the client.
@@ -83,7 +83,7 @@ impl From<TcpStream> for Stream {
 
 impl From<UnixStream> for Stream {
     fn from(unix: UnixStream) -> Self {
-        Self::Unix(unix)
+        Self::Unix(Box::new(unix))
     }
 }
 
@@ -110,7 +110,7 @@ impl AsyncRead for Stream {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Tcp(s) => Pin::new(s).poll_read(cx, buf),
-            Self::Unix(s) => Pin::new(s).poll_read(cx, buf),
+            Self::Unix(s) => Pin::new(&mut **s).poll_read(cx, buf),
             Self::ServerTls(s) | Self::ClientTls(s) => Pin::new(s).poll_read(cx, buf),
             Self::Mem(s) => Pin::new(s).poll_read(cx, buf),
             Self::Prefixed(p) => {
@@ -130,7 +130,7 @@ impl AsyncWrite for Stream {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         match self.get_mut() {
             Self::Tcp(s) => Pin::new(s).poll_write(cx, buf),
-            Self::Unix(s) => Pin::new(s).poll_write(cx, buf),
+            Self::Unix(s) => Pin::new(&mut **s).poll_write(cx, buf),
             Self::ServerTls(s) | Self::ClientTls(s) => Pin::new(s).poll_write(cx, buf),
             Self::Mem(s) => Pin::new(s).poll_write(cx, buf),
             Self::Prefixed(p) => Pin::new(&mut p.inner).poll_write(cx, buf),
@@ -144,7 +144,7 @@ impl AsyncWrite for Stream {
     ) -> Poll<io::Result<usize>> {
         match self.get_mut() {
             Self::Tcp(s) => Pin::new(s).poll_write_vectored(cx, bufs),
-            Self::Unix(s) => Pin::new(s).poll_write_vectored(cx, bufs),
+            Self::Unix(s) => Pin::new(&mut **s).poll_write_vectored(cx, bufs),
             Self::ServerTls(s) | Self::ClientTls(s) => Pin::new(s).poll_write_vectored(cx, bufs),
             Self::Mem(s) => Pin::new(s).poll_write_vectored(cx, bufs),
             Self::Prefixed(p) => Pin::new(&mut p.inner).poll_write_vectored(cx, bufs),
@@ -164,7 +164,7 @@ impl AsyncWrite for Stream {
     fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Tcp(s) => Pin::new(s).poll_flush(cx),
-            Self::Unix(s) => Pin::new(s).poll_flush(cx),
+            Self::Unix(s) => Pin::new(&mut **s).poll_flush(cx),
             Self::ServerTls(s) | Self::ClientTls(s) => Pin::new(s).poll_flush(cx),
             Self::Mem(s) => Pin::new(s).poll_flush(cx),
             Self::Prefixed(p) => Pin::new(&mut p.inner).poll_flush(cx),
@@ -174,7 +174,7 @@ impl AsyncWrite for Stream {
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
             Self::Tcp(s) => Pin::new(s).poll_shutdown(cx),
-            Self::Unix(s) => Pin::new(s).poll_shutdown(cx),
+            Self::Unix(s) => Pin::new(&mut **s).poll_shutdown(cx),
             Self::ServerTls(s) | Self::ClientTls(s) => Pin::new(s).poll_shutdown(cx),
             Self::Mem(s) => Pin::new(s).poll_shutdown(cx),
             Self::Prefixed(p) => Pin::new(&mut p.inner).poll_shutdown(cx),
