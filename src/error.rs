@@ -194,7 +194,7 @@ impl std::ops::BitOr for Flags {
     }
 }
 
-/// Envoy's short strings, comma-separated in the order of [`Flags::ALL`]; `-` when empty.
+/// Envoy's short strings, comma-separated in the order of `ALL`; `-` when empty.
 impl fmt::Display for Flags {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.is_empty() {

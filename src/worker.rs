@@ -7,7 +7,7 @@
 //! let mut workers = Workers::start(2, &settings)?;
 //! let failed = workers.sockets(&snapshot);            // opens what is new, closes what is gone
 //! workers.handles()[0].spawn(readiness);
-//! match workers.ended().await { … }                   // a worker that ends untold ends the process
+//! match workers.ended().await { _ => {} }                  // a worker that ends untold ends the process
 //! ```
 
 mod accept;

@@ -1,4 +1,4 @@
-//! What was said, as data: the [`Model`](model::Model) and the two mouths that produce it.
+//! What was said, as data: the [`Model`] and the two mouths that produce it.
 //!
 //! * [`compile`] makes it from Istio and Kubernetes YAML, as istiod would for one proxy;
 //! * [`xds`] makes it from Envoy resources as istiod sends them.

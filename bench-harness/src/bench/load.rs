@@ -73,7 +73,7 @@ pub(super) struct Measured {
     pub(super) p99_us: u64,
 }
 
-/// Loads, prints [`Measured`] as JSON.
+/// Loads, prints `Measured` as JSON.
 ///
 /// # Errors
 /// Without a runtime or with certificates that cannot be read.
