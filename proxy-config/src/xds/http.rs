@@ -24,6 +24,7 @@ use crate::model::{
 
 /// `envoy.filters.network.http_connection_manager`.
 pub(super) fn manager(mut of: Pb, extensions: &Extensions, reader: &mut Reader) -> Read<HttpConnectionManager> {
+    trusted_hops(&of)?;
     let routes = routes(of.route_specifier.take(), reader)?;
     let (filters, suppress_envoy_headers) =
         http_filter::filters(take(&mut of.http_filters), extensions, reader).at("http_filters")?;
@@ -71,6 +72,14 @@ pub(super) fn manager(mut of: Pb, extensions: &Extensions, reader: &mut Reader) 
     }
     reader.done(&of);
     Ok(out)
+}
+
+/// Policies about the client's address would read another one than was meant.
+fn trusted_hops(of: &Pb) -> Read<()> {
+    if of.xff_num_trusted_hops == 0 {
+        return Ok(());
+    }
+    Err(Fault::new("hops to be trusted are not counted; 0 is expected")).at("xff_num_trusted_hops")
 }
 
 fn routes(of: Option<RouteSpecifier>, reader: &mut Reader) -> Read<RouteSource> {
@@ -242,7 +251,7 @@ mod tests {
     fn what_is_said_is_read_or_reported() {
         let message = Pb {
             merge_slashes: true,
-            xff_num_trusted_hops: 2,
+            via: "hop".to_owned(),
             path_with_escaped_slashes_action: PathWithEscapedSlashesAction::UnescapeAndForward as i32,
             stream_idle_timeout: Some(wkt::Duration::default()),
             upgrade_configs: vec![
@@ -261,7 +270,15 @@ mod tests {
         assert_eq!(hcm.escaped_slashes, EscapedSlashes::UnescapeAndForward);
         assert_eq!(hcm.stream_idle_timeout, Some(std::time::Duration::ZERO));
         assert_eq!(hcm.upgrades, ["websocket"]);
-        assert_eq!(reader.unread.iter().collect::<Vec<_>>(), ["HttpConnectionManager.xff_num_trusted_hops"]);
+        assert_eq!(reader.unread.iter().collect::<Vec<_>>(), ["HttpConnectionManager.via"]);
+    }
+
+    #[test]
+    fn trusted_hops_are_refused() {
+        let mut reader = Reader::default();
+        let of = Pb { xff_num_trusted_hops: 1, ..with_rds() };
+        let refused = manager(of, &Extensions::new(), &mut reader).expect_err("policy would read a wrong address");
+        assert_eq!(refused.into_reject(String::new()).field, "xff_num_trusted_hops");
     }
 
     #[test]
