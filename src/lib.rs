@@ -8,6 +8,7 @@ pub mod app;
 pub mod ca;
 pub mod cli;
 pub mod control;
+pub mod dns;
 pub mod drain;
 pub mod error;
 pub mod explain;

@@ -29,8 +29,14 @@ const LAYERS: &[(&str, &[&str])] = &[
 ];
 
 /// Crate and the only module of the product that may name it.
-const HOMES: &[(&str, &str)] =
-    &[("rustls", "tls"), ("tokio_rustls", "tls"), ("webpki", "tls"), ("socket2", "net"), ("metrics", "telemetry")];
+const HOMES: &[(&str, &str)] = &[
+    ("rustls", "tls"),
+    ("tokio_rustls", "tls"),
+    ("webpki", "tls"),
+    ("socket2", "net"),
+    ("metrics", "telemetry"),
+    ("hickory_resolver", "dns"),
+];
 
 const FILE_LINES: usize = 500;
 const FUNCTION_LINES: usize = 60;
