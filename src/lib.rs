@@ -12,6 +12,7 @@ pub mod dns;
 pub mod drain;
 pub mod error;
 pub mod explain;
+pub mod grpc;
 pub mod iptables;
 pub mod net;
 pub mod probe;

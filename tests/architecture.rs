@@ -15,14 +15,17 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("upstream", &["snapshot", "tls", "net", "telemetry", "error"]),
     ("proxy", &["upstream", "snapshot", "tls", "net", "telemetry", "drain", "error"]),
     ("worker", &["proxy", "upstream", "snapshot", "tls", "net", "telemetry", "drain", "error"]),
-    ("xds", &["net", "tls", "error"]),
     ("dns", &["net"]),
+    // Servers of the control plane are found by name.
+    ("grpc", &["net", "tls", "dns", "error"]),
+    ("xds", &["grpc", "net", "tls", "error"]),
+    ("identity", &["grpc", "net", "tls", "error"]),
     ("iptables", &["net"]),
     // HTTPS probes need a handshake.
     ("probe", &["net", "tls"]),
     ("ca", &["tls", "error"]),
     // `ca` makes up a certificate for questions that no peer will see; a published health is taken back on leaving.
-    ("control", &["xds", "dns", "probe", "snapshot", "tls", "telemetry", "ca", "drain", "error"]),
+    ("control", &["xds", "identity", "grpc", "dns", "probe", "snapshot", "tls", "telemetry", "ca", "drain", "error"]),
     ("explain", &["control", "upstream", "snapshot", "tls", "telemetry", "error"]),
     // `/explain` answers for the configuration that is served.
     ("admin", &["control", "explain", "worker", "upstream", "snapshot", "tls", "telemetry", "drain", "net", "error"]),

@@ -95,6 +95,11 @@ impl Identity {
         let digest = digest(&chain);
         Ok(Self { chain, key, digest, info })
     }
+
+    /// The same from two files.
+    pub fn from_files(chain: &Path, key: &Path) -> Result<Self, String> {
+        Self::from_pem(&read(chain)?, &read(key)?).map_err(|e| format!("{}: {e}", chain.display()))
+    }
 }
 
 impl Roots {
@@ -108,6 +113,16 @@ impl Roots {
             .map_err(|e| format!("root certificate: {e}"))?;
         let info = all.iter().map(CertInfo::read).collect::<Result<_, _>>()?;
         Ok(Self { anchors, digest: digest(&all), info })
+    }
+
+    /// The same from a file.
+    pub fn from_file(path: &Path) -> Result<Self, String> {
+        Self::from_pem(&read(path)?).map_err(|e| format!("{}: {e}", path.display()))
+    }
+
+    /// The operating system's.
+    pub fn system() -> Result<Self, String> {
+        Self::from_file(Path::new(SYSTEM_ROOTS))
     }
 }
 
@@ -125,8 +140,8 @@ impl Secrets {
     /// The same with the folder's present content. Contexts whose material did not change stay the same, so renewal
     /// costs no open connection and no session ticket.
     pub fn renewed(&self, folder: &Path) -> Result<Self, String> {
-        let identity = read_identity(&folder.join("cert-chain.pem"), &folder.join("key.pem"))?;
-        let roots = read_roots(&folder.join("root-cert.pem"))?;
+        let identity = Identity::from_files(&folder.join("cert-chain.pem"), &folder.join("key.pem"))?;
+        let roots = Roots::from_file(&folder.join("root-cert.pem"))?;
         Ok(self.with_identity(WORKLOAD, identity).with_roots(MESH_ROOTS, roots))
     }
 
@@ -151,11 +166,11 @@ impl Secrets {
     pub fn with_files(&self, name: &str) -> Result<Self, String> {
         if let Some(paths) = name.strip_prefix(FILE_CERT) {
             let (chain, key) = paths.split_once('~').ok_or_else(|| format!("{name}: expected CERT~KEY"))?;
-            return Ok(self.with_identity(name, read_identity(Path::new(chain), Path::new(key))?));
+            return Ok(self.with_identity(name, Identity::from_files(Path::new(chain), Path::new(key))?));
         }
         if let Some(path) = name.strip_prefix(FILE_ROOT) {
             let path = if path == "system" { SYSTEM_ROOTS } else { path };
-            return Ok(self.with_roots(name, read_roots(Path::new(path))?));
+            return Ok(self.with_roots(name, Roots::from_file(Path::new(path))?));
         }
         Ok(self.clone())
     }
@@ -241,14 +256,6 @@ impl fmt::Debug for Roots {
 
 fn read(path: &Path) -> Result<Vec<u8>, String> {
     std::fs::read(path).map_err(|e| format!("{}: {e}", path.display()))
-}
-
-fn read_identity(chain: &Path, key: &Path) -> Result<Identity, String> {
-    Identity::from_pem(&read(chain)?, &read(key)?).map_err(|e| format!("{}: {e}", chain.display()))
-}
-
-fn read_roots(path: &Path) -> Result<Roots, String> {
-    Roots::from_pem(&read(path)?).map_err(|e| format!("{}: {e}", path.display()))
 }
 
 fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {

@@ -14,7 +14,7 @@ use rustls::crypto::aws_lc_rs::{self, cipher_suite as suite, kx_group};
 use rustls::crypto::{CryptoProvider, SupportedKxGroup};
 use rustls::{ClientConfig, DistinguishedName, ServerConfig, SupportedCipherSuite, SupportedProtocolVersion};
 
-use super::certs::{Identity, Secrets};
+use super::certs::{Identity, Roots, Secrets};
 use super::peer::Peer;
 use super::verify::{NameRule, PeerVerifier};
 
@@ -114,6 +114,23 @@ impl ClientTls {
         let key = format!("{said:?} {}", material(&said.common, secrets));
         let inner = cached(&secrets.contexts().clients, key, || ClientInner::build(said, secrets))?;
         Ok(Self(inner))
+    }
+
+    /// For a server outside the mesh's data plane, as istiod: its certificate leads to `roots` and carries `name` (DNS or
+    /// address). `identity` is presented if the server asks.
+    pub fn to_server(name: &str, roots: Roots, identity: Option<Identity>) -> Result<Self, String> {
+        const OWN: &str = "own";
+        const TRUSTED: &str = "trusted";
+        let certificates = identity.iter().map(|_| OWN.into()).collect();
+        let mut secrets = Secrets::new().with_roots(TRUSTED, roots);
+        if let Some(identity) = identity {
+            secrets = secrets.with_identity(OWN, identity);
+        }
+        let validation = Some(Validation { roots: Some(TRUSTED.into()), ..Validation::default() });
+        let common = CommonTls { certificates, validation, ..CommonTls::default() };
+        let said =
+            UpstreamTls { common, sni: name.to_owned(), auto_sni_san_validation: true, ..UpstreamTls::default() };
+        Self::compile(&said, &secrets)
     }
 
     /// The configured server name; empty sends none.
