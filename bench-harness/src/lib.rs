@@ -6,6 +6,7 @@ pub mod bench;
 pub mod child;
 pub mod conformance;
 pub mod demo;
+pub mod istiod;
 pub mod netns;
 #[cfg(feature = "conformance")]
 pub mod wire;

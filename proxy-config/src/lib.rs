@@ -6,6 +6,7 @@
 //! This crate does no I/O and names no runtime: texts and bytes go in, a model and rejects come out.
 
 pub mod bootstrap;
+pub mod ca;
 pub mod compile;
 mod diagnose;
 pub mod diff;

@@ -42,6 +42,8 @@ pub struct Endpoint {
     pub tls: Option<ClientTls>,
     /// PINGs that find out whether the peer is still there.
     pub keepalive: Option<Keepalive>,
+    /// Which of a name's addresses is tried first; counted up by those who come back after a failure.
+    pub attempt: usize,
 }
 
 /// HTTP/2 PINGs, sent while no call is open too.
@@ -165,7 +167,7 @@ impl fmt::Debug for Channel {
 }
 
 async fn dial(endpoint: &Endpoint, deadline: Instant) -> Result<Channel, ConnectError> {
-    let stream = socket(&endpoint.address, deadline).await?;
+    let stream = socket(endpoint, deadline).await?;
     let Some(context) = &endpoint.tls else {
         return open(stream, Scheme::HTTP, &endpoint.authority, endpoint.keepalive).await;
     };
@@ -174,12 +176,14 @@ async fn dial(endpoint: &Endpoint, deadline: Instant) -> Result<Channel, Connect
     open(stream, Scheme::HTTPS, &endpoint.authority, endpoint.keepalive).await
 }
 
-async fn socket(address: &str, deadline: Instant) -> Result<Stream, ConnectError> {
-    if let Some(path) = address.strip_prefix(UNIX) {
+async fn socket(endpoint: &Endpoint, deadline: Instant) -> Result<Stream, ConnectError> {
+    if let Some(path) = endpoint.address.strip_prefix(UNIX) {
         return Ok(net::connect_unix(path).await?);
     }
-    let all = names::resolve(address).await.map_err(ConnectError::Address)?;
-    let mut last = ConnectError::Address(format!("{address}: no address"));
+    let mut all = names::resolve(&endpoint.address).await.map_err(ConnectError::Address)?;
+    let first = endpoint.attempt % all.len();
+    all.rotate_left(first);
+    let mut last = ConnectError::Timeout;
     for (tried, address) in all.iter().enumerate() {
         // One that swallows packets must not use up the time of the others.
         let left = deadline.saturating_duration_since(Instant::now());
@@ -321,6 +325,7 @@ mod tests {
             authority: "echo.test".to_owned(),
             tls: None,
             keepalive: None,
+            attempt: 0,
         };
         let error = Channel::connect(&nobody, Duration::from_secs(5)).await.unwrap_err();
         assert!(error.to_string().contains("refused"), "{error}");

@@ -62,7 +62,7 @@ impl Server {
         let tls = self.roots.as_ref().map(|roots| self.context(roots, name, now)).transpose()?;
         // As the agent has it: the name without the port.
         let authority = if name.contains(':') { format!("[{name}]") } else { name.to_owned() };
-        Ok(Endpoint { address: self.address.clone(), authority, tls, keepalive: self.keepalive })
+        Ok(Endpoint { address: self.address.clone(), authority, tls, keepalive: self.keepalive, attempt: 0 })
     }
 
     fn context(&self, roots: &RootsFrom, name: &str, now: i64) -> Result<ClientTls, String> {
