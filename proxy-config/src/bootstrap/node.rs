@@ -5,9 +5,14 @@
 use std::collections::BTreeMap;
 use std::net::IpAddr;
 
+use envoy_types::pb::envoy::config::core::v3 as core;
+use envoy_types::pb::envoy::r#type::v3::SemanticVersion;
+use envoy_types::pb::google::protobuf as wkt;
+use prost::Message;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+use super::variables::Variables;
 use crate::load::WhoAmI;
 use crate::model::Locality;
 
@@ -55,6 +60,55 @@ impl Node {
         let ip = self.ips.first().map(ToString::to_string).unwrap_or_default();
         format!("sidecar~{ip}~{}.{}~{}", self.name, self.namespace, self.dns_domain)
     }
+
+    /// `envoy.config.core.v3.Node` as a control plane gets it with the first request of a stream.
+    ///
+    /// The client is called what istiod's own sidecars are called: nothing that istiod sends depends on it, and what
+    /// people match on is `ISTIO_VERSION`.
+    pub fn encode(&self) -> Vec<u8> {
+        let place = &self.locality;
+        let told = |text: &str| wkt::Value { kind: Some(wkt::value::Kind::StringValue(text.to_owned())) };
+        let build = core::BuildVersion {
+            version: Some(SemanticVersion { major_number: LIKE_ENVOY.0, minor_number: LIKE_ENVOY.1, patch: 0 }),
+            metadata: Some(wkt::Struct {
+                fields: [("istio-proxy".to_owned(), told(env!("CARGO_PKG_VERSION")))].into(),
+            }),
+        };
+        let node = core::Node {
+            id: self.id(),
+            cluster: self.service_cluster.clone(),
+            metadata: Some(structure(&self.metadata)),
+            locality: Some(core::Locality {
+                region: place.region.clone(),
+                zone: place.zone.clone(),
+                sub_zone: place.sub_zone.clone(),
+            }),
+            user_agent_name: "envoy".to_owned(),
+            user_agent_version_type: Some(core::node::UserAgentVersionType::UserAgentBuildVersion(build)),
+            ..core::Node::default()
+        };
+        node.encode_to_vec()
+    }
+}
+
+/// The Envoy whose features istiod may count on.
+const LIKE_ENVOY: (u32, u32) = (1, 40);
+
+fn structure(fields: &Map<String, Value>) -> wkt::Struct {
+    wkt::Struct { fields: fields.iter().map(|(name, value)| (name.clone(), untyped(value))).collect() }
+}
+
+fn untyped(value: &Value) -> wkt::Value {
+    use wkt::value::Kind;
+    let kind = match value {
+        Value::Null => Kind::NullValue(0),
+        Value::Bool(said) => Kind::BoolValue(*said),
+        Value::Number(number) => Kind::NumberValue(number.as_f64().unwrap_or_default()),
+        Value::String(text) => Kind::StringValue(text.clone()),
+        Value::Array(items) => Kind::ListValue(wkt::ListValue { values: items.iter().map(untyped).collect() }),
+        Value::Object(fields) => Kind::StructValue(structure(fields)),
+    };
+    wkt::Value { kind: Some(kind) }
 }
 
 /// Reads what the proxy was told.
@@ -118,7 +172,7 @@ fn from_protojson(text: &str) -> Result<Node, String> {
 fn from_environment(variables: &BTreeMap<String, String>) -> Node {
     let variable = |name: &str| variables.get(name).map(String::as_str).filter(|v| !v.is_empty());
     let first = |names: &[&str]| names.iter().find_map(|n| variable(n)).unwrap_or_default().to_owned();
-    let metadata = metadata(variables);
+    let metadata = told(&Variables(variables.clone()));
     let name = first(&["POD_NAME"]);
     let namespace = first(&["POD_NAMESPACE", "ISTIO_NAMESPACE"]);
     let mut node = Node { metadata, name, namespace, ..Node::default() };
@@ -136,31 +190,23 @@ fn from_environment(variables: &BTreeMap<String, String>) -> Node {
     node
 }
 
-/// Node metadata as the agent builds it: each variable one field, JSON variables many.
-fn metadata(variables: &BTreeMap<String, String>) -> Map<String, Value> {
-    let mut out = Map::new();
-    for (name, value) in variables {
-        if let Some(name) = name.strip_prefix("ISTIO_META_") {
-            out.insert(name.to_owned(), Value::String(value.clone()));
-        }
-    }
-    for (name, value) in variables {
-        let Some(name) = name.strip_prefix("ISTIO_METAJSON_") else { continue };
-        let Ok(Value::Object(fields)) = serde_json::from_str(value) else { continue };
-        if name == "LABELS" {
-            out.insert("LABELS".to_owned(), Value::Object(fields.clone()));
-            out.insert("STATIC_LABELS".to_owned(), Value::Object(fields.clone()));
-        }
-        out.extend(fields);
+/// Metadata as far as variables tell it.
+fn told(variables: &Variables) -> Map<String, Value> {
+    let mut out = super::metadata::raw(&Map::new(), variables, &mut Vec::new());
+    let labels = super::metadata::static_labels(variables);
+    if !labels.is_empty() {
+        let labels: Map<String, Value> = labels.into_iter().map(|(name, value)| (name, value.into())).collect();
+        out.insert("LABELS".to_owned(), labels.clone().into());
+        out.insert("STATIC_LABELS".to_owned(), labels.into());
     }
     for (field, variable) in
         [("NAME", "POD_NAME"), ("NAMESPACE", "POD_NAMESPACE"), ("SERVICE_ACCOUNT", "SERVICE_ACCOUNT")]
     {
-        if let Some(value) = variables.get(variable).filter(|v| !v.is_empty()) {
-            out.insert(field.to_owned(), Value::String(value.clone()));
+        if let Some(value) = variables.said(variable) {
+            out.insert(field.to_owned(), value.into());
         }
     }
-    if let Some(config) = variables.get("PROXY_CONFIG").and_then(|text| yaml_object(text)) {
+    if let Some(config) = variables.said("PROXY_CONFIG").and_then(yaml_object) {
         out.insert("PROXY_CONFIG".to_owned(), config);
     }
     out
@@ -189,7 +235,7 @@ fn addresses(list: &str, main: &str) -> Vec<IpAddr> {
 
 /// `region/zone/subzone`, each part optional.
 pub(crate) fn parse_locality(text: &str) -> Locality {
-    let mut parts = text.splitn(3, '/').map(str::to_owned);
+    let mut parts = text.split('/').map(str::to_owned);
     let mut next = || parts.next().unwrap_or_default();
     Locality { region: next(), zone: next(), sub_zone: next() }
 }
