@@ -8,6 +8,7 @@
 pub mod bootstrap;
 pub mod ca;
 pub mod compile;
+pub mod describe;
 mod diagnose;
 pub mod diff;
 pub mod istio;

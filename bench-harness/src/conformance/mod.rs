@@ -7,6 +7,7 @@
 
 mod authz;
 mod calls;
+mod dumps;
 mod explain;
 mod input;
 #[cfg(feature = "conformance")]
@@ -109,6 +110,7 @@ fn run_set(bench: &Bench<'_>, set: &Set) -> Result<Tally> {
         "authz" => authz::run(bench, set),
         "simulation" => simulation::run(bench, set),
         "xds" => xds::run(bench, set),
+        "mx-config-dumps" => dumps::run(bench, set),
         #[cfg(feature = "conformance")]
         _ if is_wire(set) => wire::run(bench, set),
         _ => Ok(Tally::unknown_format(&set.index)),

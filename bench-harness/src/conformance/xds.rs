@@ -10,7 +10,7 @@ use super::calls::{self, Question};
 use super::explain::From;
 use super::input::Input;
 use super::tally::Tally;
-use super::{Bench, Set, cases, models, simulation};
+use super::{Bench, Set, cases, dumps, models, simulation};
 
 /// Runs every recording that has questions or YAML beside it.
 ///
@@ -98,6 +98,7 @@ fn both_mouths(bench: &Bench<'_>, name: &str, input: &Input, recording: &Path) -
     let content = input.content()?;
     let questions = questions(&recording.join("calls.json"))?;
     let mut tally = Tally::default();
+    tally.add(dumps::of_recording(bench, name, recording)?);
     let recorded = From::Recording(recording);
     tally.add(calls::judge(bench, (&format!("{name} (recorded)"), &content), &recorded, &input.node, &questions));
     if let Some(reason) = bench.rules.beyond(&content) {
