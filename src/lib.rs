@@ -13,6 +13,7 @@ pub mod drain;
 pub mod error;
 pub mod explain;
 pub mod grpc;
+pub mod identity;
 pub mod iptables;
 pub mod net;
 pub mod probe;

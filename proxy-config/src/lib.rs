@@ -17,6 +17,7 @@ mod load;
 pub mod model;
 mod objects;
 pub mod registry;
+pub mod sds;
 pub mod xds;
 mod yaml;
 

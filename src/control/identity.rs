@@ -1,25 +1,45 @@
 //! Key material from files: the workload's certificate, and whatever `file-…` names configuration speaks of.
 
 use std::collections::BTreeSet;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Result, anyhow, bail};
+use proxy_config::bootstrap::PemFiles;
 use proxy_config::model::{ClusterKind, CommonTls, Transport};
 use proxy_config::{Model, Name, Reject, Severity};
+use tokio::sync::watch;
 
 use crate::ca::Root;
+use crate::identity::News;
 use crate::tls::{Identity, Roots, Secrets, SpiffeId};
 
+/// SDS names of the workload's own material.
+const WORKLOAD: &str = "default";
+const MESH_ROOTS: &str = "ROOTCA";
 const DAY: Duration = Duration::from_secs(86_400);
 
 /// Where the workload's certificate comes from.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub enum Certs {
     /// There is none: chains and clusters that need one cannot serve.
     None,
     /// `cert-chain.pem`, `key.pem`, `root-cert.pem`.
     Folder(PathBuf),
+    /// Files that somebody mounts and replaces.
+    Mounted {
+        /// The files.
+        files: PemFiles,
+        /// Revocation lists of the mesh's CAs; none while the file is not there.
+        revoked: Option<PathBuf>,
+    },
+    /// Asked for while we run; until it comes, what needs it cannot serve.
+    Issued {
+        /// What there is.
+        news: watch::Receiver<News>,
+        /// Revocation lists of the mesh's CAs; none while the file is not there.
+        revoked: Option<PathBuf>,
+    },
     /// Made up on the spot, for questions that no peer will ever see.
     MadeUp,
 }
@@ -30,7 +50,13 @@ impl Certs {
         match self {
             Self::None => Ok(old.clone()),
             Self::Folder(folder) => old.renewed(folder).map_err(|e| anyhow!(e)),
-            Self::MadeUp if old.identity("default").is_some() => Ok(old.clone()),
+            Self::Mounted { files, revoked } => {
+                let identity = Identity::from_files(&files.chain, &files.key).map_err(|e| anyhow!(e))?;
+                let roots = Roots::from_file(&files.root).map_err(|e| anyhow!(e))?;
+                with_revoked(old.with_identity(WORKLOAD, identity).with_roots(MESH_ROOTS, roots), revoked.as_deref())
+            }
+            Self::Issued { news, revoked } => with_revoked(old.updated(&news.borrow().secrets), revoked.as_deref()),
+            Self::MadeUp if old.identity(WORKLOAD).is_some() => Ok(old.clone()),
             Self::MadeUp => {
                 let id: SpiffeId =
                     "spiffe://cluster.local/ns/default/sa/default".parse().map_err(|e| anyhow!("{e}"))?;
@@ -38,22 +64,59 @@ impl Certs {
                 let (chain, key) = root.sign(&id, DAY)?;
                 let identity = Identity::from_pem(chain.as_bytes(), key.as_bytes()).map_err(|e| anyhow!(e))?;
                 let roots = Roots::from_pem(root.certificate().as_bytes()).map_err(|e| anyhow!(e))?;
-                Ok(old.with_identity("default", identity).with_roots("ROOTCA", roots))
+                Ok(old.with_identity(WORKLOAD, identity).with_roots(MESH_ROOTS, roots))
             }
         }
     }
-}
 
-impl Certs {
+    /// What keeps a newer certificate away.
+    pub(super) fn trouble(&self) -> Option<String> {
+        let Self::Issued { news, .. } = self else { return None };
+        news.borrow().trouble.clone()
+    }
+
+    /// What this proxy must have before it gets traffic and does not have yet.
+    pub(super) fn awaited(&self, secrets: &Secrets) -> Option<String> {
+        let Self::Issued { .. } = self else { return None };
+        if secrets.identity(WORKLOAD).is_some() && secrets.roots(MESH_ROOTS).is_some() {
+            return None;
+        }
+        let why = self.trouble().map_or_else(String::new, |why| format!(": {why}"));
+        Some(format!("no workload certificate yet{why}"))
+    }
+
+    /// Waits for news of the certificate; for ever, where files tell.
+    pub(super) fn changes(&self) -> Option<watch::Receiver<News>> {
+        let Self::Issued { news, .. } = self else { return None };
+        Some(news.clone())
+    }
+
     /// The files that are read.
     pub(super) fn files(&self) -> Vec<PathBuf> {
         match self {
+            Self::Mounted { files, revoked } => {
+                [&files.chain, &files.key, &files.root].into_iter().chain(revoked).cloned().collect()
+            }
+            Self::Issued { revoked, .. } => revoked.iter().cloned().collect(),
             Self::Folder(folder) => {
                 ["cert-chain.pem", "key.pem", "root-cert.pem"].iter().map(|name| folder.join(name)).collect()
             }
             Self::None | Self::MadeUp => Vec::new(),
         }
     }
+}
+
+/// Adds the revocation lists, while there are any. A list that cannot be read lets nothing new in: revoked peers would be
+/// among it.
+fn with_revoked(secrets: Secrets, path: Option<&Path>) -> Result<Secrets> {
+    let (Some(path), Some(roots)) = (path, secrets.roots(MESH_ROOTS)) else { return Ok(secrets) };
+    let lists = match std::fs::read(path) {
+        Ok(lists) => lists,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(secrets),
+        Err(e) => bail!("{}: {e}", path.display()),
+    };
+    let roots = roots.with_revoked(&lists).map_err(|e| anyhow!("{}: {e}", path.display()))?;
+    Ok(secrets.with_roots(MESH_ROOTS, roots))
 }
 
 /// The files that the model names.

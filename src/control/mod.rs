@@ -28,6 +28,7 @@ use tokio::sync::watch as channel;
 
 pub use identity::Certs;
 
+use crate::identity::News;
 use crate::snapshot::{self, Snapshot};
 use crate::tls::Secrets;
 use watch::{Wake, Watcher};
@@ -69,6 +70,8 @@ pub struct Published {
     /// What `--publish-health` writes and how the application is asked; `None` for everybody but members of a
     /// WorkloadGroup.
     pub health: Option<Arc<health::Spec>>,
+    /// What is missing of the workload's certificate; `None`: nothing, or none is needed.
+    pub awaited: Option<String>,
 }
 
 impl Published {
@@ -81,6 +84,7 @@ impl Published {
             rejects: Arc::from([]),
             proxy,
             health: None,
+            awaited: None,
         }
     }
 
@@ -90,7 +94,7 @@ impl Published {
         if self.version == 0 {
             return vec!["no configuration yet".to_owned()];
         }
-        let mut reasons: Vec<String> = Vec::new();
+        let mut reasons: Vec<String> = self.awaited.iter().cloned().collect();
         for listener in self.snapshot.listeners() {
             for chain in listener.all_chains() {
                 let Some(why) = &chain.unusable else { continue };
@@ -179,6 +183,9 @@ impl Control {
             Ok(secrets) => self.secrets = secrets,
             Err(e) => trouble.push(trouble_with("Certificates", &e)),
         }
+        if let Some(why) = self.settings.certs.trouble() {
+            trouble.push(trouble_with("Certificates", &anyhow::anyhow!(why)));
+        }
         let (secrets, _) = self.with_files();
         let same = Arc::ptr_eq(&old_model, &self.model) && secrets == *self.published.snapshot.secrets();
         let told = trouble.iter().all(|reject| self.published.rejects.contains(reject));
@@ -241,12 +248,13 @@ impl Control {
             rejects: rejects.into(),
             proxy: Arc::clone(&self.proxy),
             health,
+            awaited: self.settings.certs.awaited(&self.secrets),
         });
         self.stamps = self.stamps_now();
     }
 
     fn with_files(&self) -> (Secrets, Vec<Reject>) {
-        identity::with_files(self.secrets.clone(), &self.model, self.settings.certs == Certs::MadeUp)
+        identity::with_files(self.secrets.clone(), &self.model, matches!(self.settings.certs, Certs::MadeUp))
     }
 
     fn folders(&self) -> Vec<PathBuf> {
@@ -254,9 +262,9 @@ impl Control {
             Input::Yaml(paths) => paths.folders(),
             Input::XdsDir(folder) => vec![folder.clone()],
         };
-        if let Certs::Folder(folder) = &self.settings.certs {
-            folders.push(folder.clone());
-        }
+        folders.extend(self.settings.certs.files().iter().filter_map(|file| Some(file.parent()?.to_owned())));
+        folders.sort();
+        folders.dedup();
         folders
     }
 
@@ -278,6 +286,7 @@ impl Control {
 /// Looks again whenever there is a reason to, for ever. `asked` is for those who know of one (SIGHUP).
 pub async fn run(mut control: Control, publish: channel::Sender<Arc<Published>>, mut asked: mpsc::Receiver<()>) {
     let mut watcher = Watcher::new(&control.folders());
+    let mut issued = control.settings.certs.changes();
     // What was written between the first look and the watch tells nobody.
     let mut look = true;
     loop {
@@ -289,7 +298,19 @@ pub async fn run(mut control: Control, publish: channel::Sender<Arc<Published>>,
         look = tokio::select! {
             wake = watcher.wake() => wake == Wake::Event || control.stamps != control.stamps_now(),
             Some(()) = asked.recv() => true,
+            () = changed(&mut issued) => true,
         };
+    }
+}
+
+/// The next change; never, where nothing is issued, or nobody issues any more.
+async fn changed(issued: &mut Option<channel::Receiver<News>>) {
+    let told = match issued {
+        Some(news) => news.changed().await.is_ok(),
+        None => false,
+    };
+    if !told {
+        std::future::pending::<()>().await;
     }
 }
 

@@ -2,10 +2,10 @@
 //! statuses by tonic. It carries calls and decides nothing about them: who is asked, again or elsewhere, is for callers.
 //!
 //! ```ignore
-//! let server = Server { address: "istiod.istio-system.svc:15012".to_owned(), .. };
+//! let server = Server::from(&bootstrap.xds);
 //! let channel = Channel::connect(&server.endpoint(now)?, DIAL_LIMIT).await?;      // files are read anew for each connection
 //! let mut grpc = tonic::client::Grpc::new(channel.clone());
-//! let request = credentials.sign(tonic::Request::new(message));                   // the token is read anew for each call
+//! let request = Credentials::from(&bootstrap.xds).sign(tonic::Request::new(message));                   // the token is read anew for each call
 //! let reply = grpc.unary(request, PATH, tonic_prost::ProstCodec::default()).await?;
 //! ```
 //!
@@ -17,4 +17,4 @@ mod names;
 mod server;
 
 pub use channel::{Channel, ConnectError, Endpoint, Keepalive};
-pub use server::{ClientFiles, Credentials, RootsFrom, Server};
+pub use server::{Credentials, Server};

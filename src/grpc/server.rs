@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use proxy_config::bootstrap::{ClientFiles, ControlPlane, Roots as RootsFrom};
 use tonic::metadata::{MetadataKey, MetadataValue};
 
 use super::channel::{Endpoint, Keepalive};
@@ -28,22 +29,17 @@ pub struct Server {
     pub keepalive: Option<Keepalive>,
 }
 
-/// Where roots are read from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum RootsFrom {
-    /// A PEM file.
-    File(PathBuf),
-    /// Those of the operating system (`SYSTEM`).
-    System,
-}
-
-/// A certificate for the control plane.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ClientFiles {
-    /// Chain, leaf first, PEM.
-    pub chain: PathBuf,
-    /// Key, PEM.
-    pub key: PathBuf,
+impl From<&ControlPlane> for Server {
+    fn from(said: &ControlPlane) -> Self {
+        let (interval, timeout) = said.keepalive;
+        Self {
+            address: said.address.clone(),
+            name: said.name.clone(),
+            roots: said.roots.clone(),
+            client: said.client.clone(),
+            keepalive: Some(Keepalive { interval, timeout }),
+        }
+    }
 }
 
 impl Server {
@@ -70,27 +66,20 @@ impl Server {
             RootsFrom::File(path) => Roots::from_file(path)?,
             RootsFrom::System => Roots::system()?,
         };
-        ClientTls::to_server(name, roots, self.client.as_ref().and_then(|files| files.usable(now)))
+        ClientTls::to_server(name, roots, self.client.as_ref().and_then(|files| usable(files, now)))
     }
 }
 
-impl ClientFiles {
-    /// The three names that agent and istiod give to the files of one folder.
-    pub fn in_folder(folder: &Path) -> Self {
-        Self { chain: folder.join("cert-chain.pem"), key: folder.join("key.pem") }
+/// The certificate, if it may be presented at `now` (seconds since 1970).
+fn usable(files: &ClientFiles, now: i64) -> Option<Identity> {
+    let told = |e: &String| tracing::debug!("no client certificate for the control plane: {e}");
+    let identity = Identity::from_files(&files.chain, &files.key).inspect_err(told).ok()?;
+    let expired = identity.info.first().is_none_or(|leaf| leaf.not_after <= now);
+    if expired {
+        tracing::warn!("{}: expired, not presented to the control plane", files.chain.display());
+        return None;
     }
-
-    /// The certificate, if it may be presented at `now` (seconds since 1970).
-    fn usable(&self, now: i64) -> Option<Identity> {
-        let told = |e: &String| tracing::debug!("no client certificate for the control plane: {e}");
-        let identity = Identity::from_files(&self.chain, &self.key).inspect_err(told).ok()?;
-        let expired = identity.info.first().is_none_or(|leaf| leaf.not_after <= now);
-        if expired {
-            tracing::warn!("{}: expired, not presented to the control plane", self.chain.display());
-            return None;
-        }
-        Some(identity)
-    }
+    Some(identity)
 }
 
 /// What goes along with every call.
@@ -100,6 +89,12 @@ pub struct Credentials {
     pub token: Option<PathBuf>,
     /// Further metadata, as `ClusterID` and those of `XDS_HEADER_` and `CA_HEADER_`; names are sent in lower case.
     pub headers: Vec<(String, String)>,
+}
+
+impl From<&ControlPlane> for Credentials {
+    fn from(said: &ControlPlane) -> Self {
+        Self { token: Some(said.token.clone()), headers: said.headers.clone() }
+    }
 }
 
 impl Credentials {
@@ -156,7 +151,7 @@ mod tests {
             address: "localhost:15012".to_owned(),
             name: None,
             roots: Some(RootsFrom::File(root.clone())),
-            client: Some(ClientFiles::in_folder(dir.path())),
+            client: Some(ClientFiles { chain: dir.path().join("cert-chain.pem"), key: dir.path().join("key.pem") }),
             keepalive: None,
         };
         assert!(server.endpoint(0).unwrap_err().contains("root-cert.pem"));

@@ -4,15 +4,18 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::pem::PemObject;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, TrustAnchor};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, TrustAnchor};
 use rustls::sign::CertifiedKey;
+use webpki::{CertRevocationList, OwnedCertRevocationList};
 use x509_parser::prelude::{FromDer, X509Certificate};
 
 use super::config::Contexts;
 use super::peer::{Peer, hex, sha256};
+use super::verify;
 
 /// SDS name of the workload's own certificate.
 const WORKLOAD: &str = "default";
@@ -41,8 +44,13 @@ pub struct Identity {
 }
 
 /// Certificates that are trusted as roots.
+#[derive(Clone)]
 pub struct Roots {
     pub(super) anchors: Vec<TrustAnchor<'static>>,
+    /// Where each trust domain has roots of its own, theirs; a certificate of another domain leads nowhere.
+    pub(super) by_domain: BTreeMap<String, Vec<TrustAnchor<'static>>>,
+    /// Where there are any, every certificate of a chain must be on a list that its issuer signed, and not revoked by it.
+    pub(super) revoked: Arc<[CertRevocationList<'static>]>,
     pub(super) digest: String,
     /// What they say.
     pub info: Vec<CertInfo>,
@@ -96,6 +104,16 @@ impl Identity {
         Ok(Self { chain, key, digest, info })
     }
 
+    /// Whether a peer that trusts these roots accepts it at `now` (seconds since 1970). The clock of whoever signed it may
+    /// be ahead of ours.
+    pub fn leads_to(&self, roots: &Roots, now: i64) -> Result<(), String> {
+        let (Some(info), [leaf, above @ ..]) = (self.info.first(), &*self.chain) else {
+            return Err("no certificate".to_owned());
+        };
+        let at = u64::try_from(now.max(info.not_before)).unwrap_or(0);
+        verify::leads_to(leaf, above, roots, Duration::from_secs(at)).map_err(|e| e.to_string())
+    }
+
     /// The same from two files.
     pub fn from_files(chain: &Path, key: &Path) -> Result<Self, String> {
         Self::from_pem(&read(chain)?, &read(key)?).map_err(|e| format!("{}: {e}", chain.display()))
@@ -103,16 +121,48 @@ impl Identity {
 }
 
 impl Roots {
-    /// One or more certificates, PEM.
+    /// One or more certificates, PEM; each counts once.
     pub fn from_pem(pem: &[u8]) -> Result<Self, String> {
-        let all = certificates(pem)?;
-        let anchors = all
-            .iter()
-            .map(|root| webpki::anchor_from_trusted_cert(root).map(|anchor| anchor.to_owned()))
-            .collect::<Result<_, _>>()
-            .map_err(|e| format!("root certificate: {e}"))?;
+        let mut all = Vec::new();
+        for certificate in certificates(pem)? {
+            if !all.contains(&certificate) {
+                all.push(certificate);
+            }
+        }
+        let anchors = anchors(&all)?;
         let info = all.iter().map(CertInfo::read).collect::<Result<_, _>>()?;
-        Ok(Self { anchors, digest: digest(&all), info })
+        Ok(Self { anchors, by_domain: BTreeMap::new(), revoked: Arc::from([]), digest: digest(&all), info })
+    }
+
+    /// Roots for each trust domain, PEM; a domain's certificates must lead to its own.
+    pub fn of_domains<'a>(domains: impl IntoIterator<Item = (&'a str, &'a [u8])>) -> Result<Self, String> {
+        let (mut by_domain, mut all) = (BTreeMap::new(), Vec::new());
+        for (domain, pem) in domains {
+            let own = certificates(pem).map_err(|e| format!("trust domain {domain}: {e}"))?;
+            by_domain.insert(domain.to_owned(), anchors(&own)?);
+            all.extend(own);
+        }
+        if by_domain.is_empty() {
+            return Err("no trust domain in it".to_owned());
+        }
+        let names: Vec<&str> = by_domain.keys().map(String::as_str).collect();
+        let digest = format!("{} {}", names.join(","), digest(&all));
+        let info = all.iter().map(CertInfo::read).collect::<Result<_, _>>()?;
+        Ok(Self { anchors: anchors(&all)?, by_domain, revoked: Arc::from([]), digest, info })
+    }
+
+    /// The same with certificate revocation lists, PEM.
+    pub fn with_revoked(&self, pem: &[u8]) -> Result<Self, String> {
+        let lists = CertificateRevocationListDer::pem_slice_iter(pem);
+        let lists = lists.collect::<Result<Vec<_>, _>>().map_err(|e| format!("revocation list: {e}"))?;
+        if lists.is_empty() {
+            return Err("no revocation list in it".to_owned());
+        }
+        let read = |list: &CertificateRevocationListDer<'_>| OwnedCertRevocationList::from_der(list).map(Into::into);
+        let revoked = lists.iter().map(read).collect::<Result<_, _>>().map_err(|e| format!("revocation list: {e}"))?;
+        let bytes: Vec<u8> = lists.iter().flat_map(|list| list.iter().copied()).collect();
+        let own = self.digest.split('+').next().unwrap_or_default();
+        Ok(Self { revoked, digest: format!("{own}+{}", hex(sha256(&bytes).as_ref())), ..self.clone() })
     }
 
     /// The same from a file.
@@ -196,6 +246,24 @@ impl Secrets {
         next
     }
 
+    /// The same with what somebody else holds; contexts whose material did not change stay the same.
+    #[must_use]
+    pub fn updated(&self, other: &Self) -> Self {
+        let mut next = self.clone();
+        next.identities
+            .extend(other.identities.iter().map(|(name, identity)| (Arc::clone(name), Arc::clone(identity))));
+        next.roots.extend(other.roots.iter().map(|(name, roots)| (Arc::clone(name), Arc::clone(roots))));
+        next
+    }
+
+    /// The same without these roots.
+    #[must_use]
+    pub fn without_roots(&self, name: &str) -> Self {
+        let mut next = self.clone();
+        next.roots.remove(name);
+        next
+    }
+
     /// A certificate by SDS name.
     pub fn identity(&self, name: &str) -> Option<&Arc<Identity>> {
         self.identities.get(name)
@@ -264,6 +332,14 @@ fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {
         return Err("no certificate in it".to_owned());
     }
     Ok(all)
+}
+
+fn anchors(certificates: &[CertificateDer<'_>]) -> Result<Vec<TrustAnchor<'static>>, String> {
+    certificates
+        .iter()
+        .map(|root| webpki::anchor_from_trusted_cert(root).map(|anchor| anchor.to_owned()))
+        .collect::<Result<_, _>>()
+        .map_err(|e| format!("root certificate: {e}"))
 }
 
 fn digest(certificates: &[CertificateDer<'_>]) -> String {

@@ -3,20 +3,26 @@
 //! A server's DNS name plays no part in the mesh: what counts is the SPIFFE identity that configuration expects.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use proxy_config::model::{SanKind, SanMatcher, StringMatcher, StringPattern};
 use regex::Regex;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::crypto::aws_lc_rs;
 use rustls::crypto::{WebPkiSupportedAlgorithms, verify_tls12_signature, verify_tls13_signature};
-use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::pki_types::{CertificateDer, ServerName, SignatureVerificationAlgorithm, TrustAnchor, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, Error, OtherError, PeerMisbehaved, SignatureScheme,
 };
-use webpki::{EndEntityCert, ExtendedKeyUsageValidator, KeyPurposeIdIter, KeyUsage};
+use webpki::{
+    CertRevocationList, EndEntityCert, ExpirationPolicy, ExtendedKeyUsageValidator, KeyPurposeIdIter, KeyUsage,
+    RevocationOptionsBuilder,
+};
 
 use super::certs::Roots;
 use super::peer::Peer;
+use super::spiffe::SpiffeId;
 
 /// Checks peers by one validation context. As `Arc<PeerVerifier>` it is what rustls asks during handshakes; resumed
 /// sessions are put to it again by the handshake itself.
@@ -71,9 +77,8 @@ impl PeerVerifier {
     ) -> Result<(), Error> {
         let parsed = EndEntityCert::try_from(leaf).map_err(refusal)?;
         if let Some(roots) = &self.roots {
-            parsed
-                .verify_for_usage(self.algorithms.all, &roots.anchors, intermediates, now, Usage::of(role), None, None)
-                .map_err(refusal)?;
+            let anchors = roots.anchors_of(leaf)?;
+            lead(&parsed, intermediates, (roots, anchors), self.algorithms.all, (Usage::of(role), now))?;
         }
         self.check_names(leaf, &parsed, role)
     }
@@ -109,6 +114,50 @@ impl PeerVerifier {
     fn schemes(&self) -> Vec<SignatureScheme> {
         self.algorithms.supported_schemes().into_iter().filter(|scheme| is_offered(*scheme)).collect()
     }
+}
+
+impl Roots {
+    /// Where a certificate of this trust domain must lead to.
+    fn anchors_of(&self, leaf: &CertificateDer<'_>) -> Result<&[TrustAnchor<'static>], Error> {
+        if self.by_domain.is_empty() {
+            return Ok(&self.anchors);
+        }
+        let peer = Peer::from_certificate(leaf).map_err(mismatch)?;
+        let id = peer.uri_sans.first().and_then(|uri| uri.parse::<SpiffeId>().ok());
+        let own = id.as_ref().and_then(|id| self.by_domain.get(id.trust_domain()));
+        own.map(Vec::as_slice).ok_or_else(|| CertificateError::UnknownIssuer.into())
+    }
+}
+
+/// Whether a chain leads to roots at a time, as a client of the mesh asks.
+pub(super) fn leads_to(
+    leaf: &CertificateDer<'_>,
+    intermediates: &[CertificateDer<'_>],
+    roots: &Roots,
+    at: Duration,
+) -> Result<(), Error> {
+    let parsed = EndEntityCert::try_from(leaf).map_err(refusal)?;
+    let algorithms = aws_lc_rs::default_provider().signature_verification_algorithms;
+    let usage = Usage::of(Role::Client);
+    let at = UnixTime::since_unix_epoch(at);
+    lead(&parsed, intermediates, (roots, roots.anchors_of(leaf)?), algorithms.all, (usage, at))
+}
+
+/// The chain, with revocation lists where there are any: like Envoy's, they must speak of every certificate below the root
+/// and must not be out of date.
+fn lead(
+    leaf: &EndEntityCert<'_>,
+    intermediates: &[CertificateDer<'_>],
+    (roots, anchors): (&Roots, &[TrustAnchor<'_>]),
+    algorithms: &[&dyn SignatureVerificationAlgorithm],
+    (usage, now): (Usage, UnixTime),
+) -> Result<(), Error> {
+    let lists: Vec<&CertRevocationList<'_>> = roots.revoked.iter().collect();
+    let revocation = RevocationOptionsBuilder::new(&lists)
+        .ok()
+        .map(|options| options.with_expiration_policy(ExpirationPolicy::Enforce).build());
+    let verified = leaf.verify_for_usage(algorithms, anchors, intermediates, now, usage, revocation, None);
+    verified.map(|_| ()).map_err(refusal)
 }
 
 /// What Envoy offers: no Ed25519, nothing post-quantum.
@@ -193,6 +242,9 @@ fn refusal(error: webpki::Error) -> Error {
     match error {
         E::CertExpired { .. } | E::InvalidCertValidity => CertificateError::Expired.into(),
         E::CertNotValidYet { .. } => CertificateError::NotValidYet.into(),
+        E::CertRevoked => CertificateError::Revoked.into(),
+        E::UnknownRevocationStatus => CertificateError::UnknownRevocationStatus.into(),
+        E::CrlExpired { .. } => CertificateError::UnknownRevocationStatus.into(),
         E::RequiredEkuNotFoundContext(_) | E::EmptyEkuExtension => CertificateError::InvalidPurpose.into(),
         E::BadDer | E::BadDerTime | E::TrailingData(_) => CertificateError::BadEncoding.into(),
         E::UnsupportedCriticalExtension => CertificateError::UnhandledCriticalExtension.into(),
