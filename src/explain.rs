@@ -17,6 +17,7 @@ use std::borrow::Cow;
 use std::io::Write;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use anyhow::Result;
 use http::HeaderMap;
@@ -33,8 +34,8 @@ use crate::explain::answer::{ChainTls, Policy, Response, Shadow};
 use crate::explain::call::{Mode, Protocol, Tls};
 use crate::snapshot::path::Outcome;
 use crate::snapshot::{
-    Attributes, Chain, ChainInput, Filter, HttpChain, HttpFilter, HttpOptions, Listener, NoRoute, Rbac, RequestView,
-    Snapshot, Terminal, route,
+    Attributes, Chain, ChainInput, Filter, HttpChain, HttpFilter, HttpOptions, Jwt, JwtCache, Listener, Metadata,
+    NoRoute, Rbac, RequestView, Snapshot, Terminal, metadata_of, route,
 };
 use crate::tls::Peer;
 
@@ -228,13 +229,13 @@ fn request(asked: &Asked<'_>, http: &HttpChain, terminated: bool, answer: &mut A
         path: &path,
         headers: &asked.headers,
     };
-    policies_of_request(asked, http, &request, answer);
+    let metadata = policies_of_request(asked, http, &request, answer);
     let Some(table) = asked.snapshot.route_table(http) else {
         answer.notes.push("the route table is not there".to_owned());
         answer.response.get_or_insert_with(|| local(Kind::NoRoute));
         return Err(NO_VIRTUAL_HOST);
     };
-    match route::find(table, &request, 0) {
+    match route::find_knowing(table, &request, metadata.as_deref(), 0) {
         Ok(found) => {
             answer.virtual_host = Some(found.vhost.name.to_string());
             answer.route = Some(found.route.name.to_string());
@@ -264,7 +265,7 @@ fn normalised<'p>(said: &'p str, options: &HttpOptions) -> Result<Cow<'p, str>, 
 fn policies_of_connection(asked: &Asked<'_>, chain: &Chain, answer: &mut Answer) {
     for filter in &chain.l4 {
         match filter {
-            Filter::Rbac(rbac) => judge(asked, "network", rbac, None, answer),
+            Filter::Rbac(rbac) => judge(asked, "network", rbac, (None, None), answer),
             Filter::MetadataExchange(_) => {}
             Filter::Unsupported(name) => {
                 answer.notes.push(format!("connections are refused: {name} is not supported"));
@@ -274,13 +275,18 @@ fn policies_of_connection(asked: &Asked<'_>, chain: &Chain, answer: &mut Answer)
     }
 }
 
-fn policies_of_request(asked: &Asked<'_>, http: &HttpChain, request: &RequestView<'_>, answer: &mut Answer) {
+/// What the request's policies say, tokens included; what its tokens tell the routes.
+fn policies_of_request(
+    asked: &Asked<'_>,
+    http: &HttpChain,
+    request: &RequestView<'_>,
+    answer: &mut Answer,
+) -> Option<Arc<Metadata>> {
+    let mut metadata = None;
     for filter in &http.filters {
         match filter {
-            HttpFilter::Rbac(rbac) => judge(asked, "http", rbac, Some(request), answer),
-            HttpFilter::JwtAuthn(_) => {
-                answer.notes.push("a JWT is checked before; its claims are not known here".to_owned())
-            }
+            HttpFilter::Rbac(rbac) => judge(asked, "http", rbac, (Some(request), metadata.as_deref()), answer),
+            HttpFilter::JwtAuthn(jwt) => metadata = tokens(jwt, request, answer),
             HttpFilter::Unsupported { name, security } => {
                 answer.notes.push(format!("filter {name} is not supported"));
                 let kind = if *security { Kind::PolicyUnusable } else { Kind::UnsupportedConfig };
@@ -289,9 +295,42 @@ fn policies_of_request(asked: &Asked<'_>, http: &HttpChain, request: &RequestVie
             _ => {}
         }
     }
+    metadata
 }
 
-fn judge(asked: &Asked<'_>, filter: &str, rbac: &Rbac, request: Option<&RequestView<'_>>, answer: &mut Answer) {
+/// What the request's tokens are worth now.
+fn tokens(jwt: &Jwt, request: &RequestView<'_>, answer: &mut Answer) -> Option<Arc<Metadata>> {
+    let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().as_secs();
+    let policy = |allowed, policy, why| Policy { filter: "jwt".to_owned(), allowed, policy, why, shadow: None };
+    match jwt.check(request, now, &mut JwtCache::default()) {
+        Ok(grants) => {
+            let names: Vec<&str> = grants.iter().map(|grant| &*grant.provider).collect();
+            let why = if names.is_empty() { "no token is needed" } else { "a token is good" };
+            let by = (!names.is_empty()).then(|| names.join(", "));
+            answer.policies.push(policy(true, by, Some(why.to_owned())));
+            metadata_of(&grants)
+        }
+        Err(denied) => {
+            let missing = jwt.sources().filter(|source| !source.fetched).map(|source| &source.uri);
+            answer.notes.extend(missing.map(|uri| format!("the keys at {uri} are not known here")));
+            answer.policies.push(policy(false, None, Some(denied.text().into_owned())));
+            answer.response.get_or_insert_with(|| Response {
+                status: denied.status(),
+                details: denied.details(),
+                ..local(Kind::JwtDenied)
+            });
+            None
+        }
+    }
+}
+
+fn judge(
+    asked: &Asked<'_>,
+    filter: &str,
+    rbac: &Rbac,
+    (request, metadata): (Option<&RequestView<'_>>, Option<&Metadata>),
+    answer: &mut Answer,
+) {
     let attributes = Attributes {
         peer: asked.peer.as_ref(),
         direct_remote: asked.call.source(),
@@ -299,7 +338,7 @@ fn judge(asked: &Asked<'_>, filter: &str, rbac: &Rbac, request: Option<&RequestV
         destination: asked.call.destination(),
         sni: Some(&*asked.sni).filter(|sni| !sni.is_empty() && asked.call.tls != Tls::Plaintext),
         request,
-        metadata: None,
+        metadata,
     };
     let verdict = rbac.check(&attributes);
     answer.policies.push(Policy {

@@ -15,6 +15,7 @@ pub mod explain;
 pub mod grpc;
 pub mod identity;
 pub mod iptables;
+pub mod jwks;
 pub mod net;
 pub mod probe;
 pub mod proxy;

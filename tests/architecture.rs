@@ -23,9 +23,14 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("iptables", &["net"]),
     // HTTPS probes need a handshake.
     ("probe", &["net", "tls"]),
+    // Keys of tokens, by URI.
+    ("jwks", &["net", "tls", "dns"]),
     ("ca", &["tls", "error"]),
     // `ca` makes up a certificate for questions that no peer will see; a published health is taken back on leaving.
-    ("control", &["xds", "identity", "grpc", "dns", "probe", "snapshot", "tls", "telemetry", "ca", "drain", "error"]),
+    (
+        "control",
+        &["xds", "identity", "grpc", "dns", "jwks", "probe", "snapshot", "tls", "telemetry", "ca", "drain", "error"],
+    ),
     ("explain", &["control", "upstream", "snapshot", "tls", "telemetry", "error"]),
     // `/explain` answers for the configuration that is served.
     ("admin", &["control", "explain", "worker", "upstream", "snapshot", "tls", "telemetry", "drain", "net", "error"]),
@@ -39,6 +44,7 @@ const HOMES: &[(&str, &str)] = &[
     ("socket2", "net"),
     ("metrics", "telemetry"),
     ("hickory_resolver", "dns"),
+    ("jsonwebtoken", "snapshot"),
 ];
 
 const FILE_LINES: usize = 500;

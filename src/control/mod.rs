@@ -11,6 +11,7 @@
 
 pub mod health;
 mod identity;
+mod jwks;
 mod watch;
 mod xds_dir;
 pub mod yaml;
@@ -134,6 +135,8 @@ pub struct Control {
     secrets: Secrets,
     published: Arc<Published>,
     stamps: Vec<Stamp>,
+    /// Keys of tokens that are fetched.
+    keys: jwks::Fetches,
 }
 
 /// What tells that a file was changed without reading it.
@@ -156,6 +159,7 @@ impl Control {
             published: Arc::new(Published::nothing(Arc::clone(&proxy))),
             proxy,
             stamps: Vec::new(),
+            keys: jwks::Fetches::default(),
         };
         control.take_in()?;
         control.publish(Vec::new());
@@ -237,13 +241,14 @@ impl Control {
         let (secrets, unreadable) = self.with_files();
         self.secrets = secrets;
         let prev = (self.published.version > 0).then_some(&*self.published.snapshot);
-        let (snapshot, uncompiled) = snapshot::compile(prev, &self.model, &self.secrets);
-        rejects.extend(self.model.rejects.iter().cloned().chain(unreadable).chain(uncompiled));
+        let (model, unfetched) = self.keys.fill(&self.model);
+        let (snapshot, uncompiled) = snapshot::compile(prev, &model, &self.secrets);
+        rejects.extend(model.rejects.iter().cloned().chain(unreadable).chain(uncompiled).chain(unfetched));
         tell(&self.published.rejects, &rejects);
         let health = self.loaded.as_ref().and_then(health::Spec::of).map(Arc::new);
         self.published = Arc::new(Published {
             version: snapshot.version,
-            model: Arc::clone(&self.model),
+            model,
             snapshot: Arc::new(snapshot),
             rejects: rejects.into(),
             proxy: Arc::clone(&self.proxy),
@@ -251,6 +256,18 @@ impl Control {
             awaited: self.settings.certs.awaited(&self.secrets),
         });
         self.stamps = self.stamps_now();
+    }
+
+    /// Waits until keys of tokens have changed, and serves them.
+    async fn new_keys(&mut self) -> Arc<Published> {
+        let snapshot = Arc::clone(&self.published.snapshot);
+        self.keys.changed(&snapshot).await;
+        let trouble = self.published.rejects.iter().filter(|reject| is_trouble(reject)).cloned().collect();
+        // Files may have changed meanwhile; whoever looks for that has to see it.
+        let stamps = std::mem::take(&mut self.stamps);
+        self.publish(trouble);
+        self.stamps = stamps;
+        self.published()
     }
 
     fn with_files(&self) -> (Secrets, Vec<Reject>) {
@@ -296,6 +313,10 @@ pub async fn run(mut control: Control, publish: channel::Sender<Arc<Published>>,
         }
         watcher.again(&control.folders());
         look = tokio::select! {
+            news = control.new_keys() => {
+                publish.send_replace(news);
+                false
+            }
             wake = watcher.wake() => wake == Wake::Event || control.stamps != control.stamps_now(),
             Some(()) = asked.recv() => true,
             () = changed(&mut issued) => true,

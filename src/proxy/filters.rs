@@ -16,7 +16,7 @@ use super::jwt;
 use super::reply::Reply;
 use crate::error::{Flags, Kind};
 use crate::snapshot::action::Cors;
-use crate::snapshot::{AlpnRewrite, Attributes, HttpFilter, Rbac, Route};
+use crate::snapshot::{AlpnRewrite, Attributes, Found, HttpFilter, Metadata, Rbac, RouteTable, route};
 
 /// Denials that each worker explains in a second; who is denied must not be able to fill a disk.
 const EXPLAINED: u64 = 10;
@@ -37,13 +37,21 @@ pub(super) struct Decision<'a> {
     pub(super) outcome: Result<Passed<'a>, Box<Reply>>,
 }
 
-/// Runs the filters. `route` is the one that was found.
-pub(super) fn run<'a>(http: &'a HttpConn, head: &mut Head, route: Option<&'a Route>, ctx: &mut Ctx) -> Decision<'a> {
+/// Runs the filters. `found` is the route; a token may lead to another one of the table.
+pub(super) fn run<'a>(
+    http: &'a HttpConn,
+    head: &mut Head,
+    table: Option<&'a RouteTable>,
+    found: &mut Option<Found<'a>>,
+    ctx: &mut Ctx,
+) -> Decision<'a> {
     let mut delay = None;
     let mut passed = Passed::default();
+    let mut metadata: Option<Arc<Metadata>> = None;
     for filter in &http.chain.filters {
+        let route = found.as_ref().map(|found| found.route);
         let stop = match filter {
-            HttpFilter::Rbac(rbac) => authorize(http, rbac, head, ctx),
+            HttpFilter::Rbac(rbac) => authorize(http, rbac, head, (metadata.as_deref(), &mut *ctx)),
             HttpFilter::Fault => match route.and_then(|route| route.fault.as_deref()) {
                 Some(fault) => inject(fault, http, ctx, &mut delay),
                 None => None,
@@ -68,13 +76,18 @@ pub(super) fn run<'a>(http: &'a HttpConn, head: &mut Head, route: Option<&'a Rou
                 None
             }
             HttpFilter::Stats | HttpFilter::GrpcStats => None,
-            HttpFilter::JwtAuthn(said) => match jwt::check(said, head) {
-                jwt::Outcome::Pass => None,
-                jwt::Outcome::Missing(reply) => {
+            HttpFilter::JwtAuthn(said) => match jwt::check(said, head, &http.conn.env) {
+                Ok(said) => {
+                    metadata = said;
+                    if let Some(table) = table.filter(|table| metadata.is_some() && table.asks_metadata()) {
+                        *found = route::find_knowing(table, &head.view(), metadata.as_deref(), fastrand::u64(..)).ok();
+                    }
+                    None
+                }
+                Err(reply) => {
                     http.metrics.jwt_denied.inc();
                     Some(reply)
                 }
-                jwt::Outcome::Token => Some(unusable(http, "JWT authentication does not verify tokens yet")),
             },
             HttpFilter::GrpcWeb if !is_grpc_web(head) => None,
             HttpFilter::GrpcWeb => Some(unsupported(http, "gRPC-Web")),
@@ -88,9 +101,14 @@ pub(super) fn run<'a>(http: &'a HttpConn, head: &mut Head, route: Option<&'a Rou
     Decision { delay, outcome: Ok(passed) }
 }
 
-fn authorize(http: &HttpConn, rbac: &Rbac, head: &Head, ctx: &mut Ctx) -> Option<Reply> {
+fn authorize(
+    http: &HttpConn,
+    rbac: &Rbac,
+    head: &Head,
+    (metadata, ctx): (Option<&Metadata>, &mut Ctx),
+) -> Option<Reply> {
     let request = head.view();
-    let attributes = Attributes { remote_ip: ctx.remote, request: Some(&request), ..http.conn.attributes() };
+    let attributes = Attributes { remote_ip: ctx.remote, request: Some(&request), metadata, ..http.conn.attributes() };
     let verdict = rbac.check(&attributes);
     if verdict.shadow.is_some_and(|(allowed, _)| !allowed) {
         http.metrics.rbac_shadow_denied.inc();

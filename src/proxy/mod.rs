@@ -41,15 +41,15 @@ mod xfcc;
 mod tests;
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 use ::http::HeaderValue;
 use tokio::sync::watch;
 
 use crate::drain::Watch;
 use crate::net::Stream;
-use crate::snapshot::{Listener, Terminal};
+use crate::snapshot::{JwtCache, Listener, Terminal};
 use crate::telemetry::{LogSink, NodeLabels, Shard, Telemetry};
 use crate::upstream::View;
 
@@ -92,6 +92,8 @@ pub struct Env {
     default_host: HeaderValue,
     connections: AtomicU64,
     denials: filters::Throttle,
+    /// Verified tokens. The lock is only ever taken on this worker's thread.
+    tokens: Mutex<JwtCache>,
 }
 
 impl Env {
@@ -109,6 +111,7 @@ impl Env {
             log: None,
             connections: AtomicU64::new(0),
             denials: filters::Throttle::default(),
+            tokens: Mutex::default(),
         }
     }
 

@@ -102,11 +102,15 @@ impl Script<'_> {
         }
         let view = self.http.conn.env.view();
         let table = view.snap.route_table(&self.http.chain);
-        let found = table.and_then(|table| route::find(table, &head.view(), fastrand::u64(..)).ok());
+        let mut found = table.and_then(|table| route::find(table, &head.view(), fastrand::u64(..)).ok());
         if let Some(found) = &found {
             self.note_route(found, head);
         }
-        let decision = filters::run(self.http, head, found.as_ref().map(|f| f.route), self.ctx);
+        let first = found.map(|found| found.route);
+        let decision = filters::run(self.http, head, table.map(|table| &**table), &mut found, self.ctx);
+        if let Some(found) = found.as_ref().filter(|now| first.is_none_or(|first| !std::ptr::eq(first, now.route))) {
+            self.note_route(found, head);
+        }
         if let Some(delay) = decision.delay {
             Box::pin(sleep(delay)).await;
         }

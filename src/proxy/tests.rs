@@ -362,6 +362,80 @@ impl Client {
     }
 }
 
+/// A filter whose provider has one secret; claims go to a header, and everything is asked of policies and routes.
+fn tokens() -> model::JwtAuthn {
+    let provider = model::JwtProvider {
+        issuer: "i".into(),
+        jwks: model::JwksSource::Inline(r#"{"keys":[{"kty":"oct","k":"c2VjcmV0"}]}"#.into()),
+        claim_to_headers: vec![("x-sub".into(), "sub".into())],
+        payload_in_metadata: "payload".into(),
+        ..model::JwtProvider::default()
+    };
+    let any = vec![model::JwtRequirement::Provider("p".into()), model::JwtRequirement::AllowMissing];
+    model::JwtAuthn {
+        providers: [("p".to_owned(), provider)].into(),
+        rules: vec![("/".into(), model::JwtRequirement::Any(any))],
+        bypass_cors_preflight: true,
+    }
+}
+
+fn token(claims: &serde_json::Value) -> String {
+    let key = jsonwebtoken::EncodingKey::from_secret(b"secret");
+    jsonwebtoken::encode(&jsonwebtoken::Header::default(), claims, &key).unwrap()
+}
+
+fn claim(name: &str, value: &str) -> model::MetadataMatcher {
+    model::MetadataMatcher {
+        filter: "envoy.filters.http.jwt_authn".into(),
+        path: vec!["payload".into(), name.into()],
+        value: model::ValueMatcher::String(StringMatcher::exact(value)),
+        invert: false,
+    }
+}
+
+#[tokio::test]
+async fn tokens_are_verified_stripped_and_known_to_policies_and_routes() {
+    let app = App::start(OK, false).await;
+    let bob =
+        RbacPolicy { permissions: vec![Permission::Any], principals: vec![Principal::Metadata(claim("sub", "bob"))] };
+    let rules = RbacRules { action: model::RbacAction::Deny, policies: BTreeMap::from([("bob".into(), bob)]) };
+    let rbac = model::Rbac { rules: Some(rules), ..model::Rbac::default() };
+    let direct = RouteAction::Direct { status: 299, body: Vec::new() };
+    let mut of_dev = route("/", direct);
+    of_dev.matches.dynamic_metadata = vec![claim("group", "dev")];
+    let filters = vec![HttpFilter::JwtAuthn(Box::new(tokens())), HttpFilter::Rbac(rbac)];
+    let mesh = Mesh::http(&app, vec![of_dev, forward("/")], filters);
+    let mut client = mesh.connect();
+    let with =
+        |token: &str| format!("GET /x HTTP/1.1\r\nhost: a\r\nx-sub: forged\r\nauthorization: Bearer {token}\r\n\r\n");
+
+    client.send(&with(&token(&serde_json::json!({"iss": "i", "sub": "alice"})))).await;
+    client.until("ok\n").await;
+    let head = app.heads().pop().unwrap();
+    assert!(head.contains("x-sub: alice") && !head.contains("forged") && !head.contains("authorization"), "{head}");
+
+    client.send("GET /x HTTP/1.1\r\nhost: a\r\nx-sub: forged\r\n\r\n").await;
+    client.until("ok\n").await;
+    assert!(!app.heads().pop().unwrap().contains("x-sub"));
+
+    client.send(&with(&token(&serde_json::json!({"iss": "i", "sub": "bob"})))).await;
+    let denied = client.until("RBAC: access denied").await;
+    assert!(denied.starts_with("HTTP/1.1 403"), "{denied}");
+
+    client.send(&with("abc")).await;
+    let refused = client.until("3 sections").await;
+    let realm = "www-authenticate: Bearer realm=\"http://a/x\", error=\"invalid_token\"";
+    assert!(refused.starts_with("HTTP/1.1 401") && refused.contains(realm), "{refused}");
+
+    let path = format!("/x?access_token={}&a=1", token(&serde_json::json!({"iss": "i", "sub": "carol"})));
+    client.get(&path, "ok\n").await;
+    assert!(app.heads().pop().unwrap().starts_with("GET /x?a=1 "), "{:?}", app.heads());
+
+    client.send(&with(&token(&serde_json::json!({"iss": "i", "group": "dev"})))).await;
+    assert!(client.until("\r\n\r\n").await.starts_with("HTTP/1.1 299"));
+    assert_eq!(app.heads().len(), 3, "what is refused never arrives");
+}
+
 /// A response's lines without what differs from run to run, sorted.
 fn lines(response: &str) -> Vec<&str> {
     let (head, _) = response.split_once("\r\n\r\n").unwrap();

@@ -7,7 +7,7 @@ use http::header::HeaderValue;
 use proxy_config::model;
 
 use super::cluster::WeightedClusters;
-use super::{Name, Rbac, RouteTable};
+use super::{Jwt, Name, Rbac, RouteTable};
 use crate::telemetry::AccessLogs;
 use crate::tls::ServerTls;
 
@@ -107,8 +107,8 @@ impl HttpChain {
 pub enum HttpFilter {
     /// Policy.
     Rbac(Arc<Rbac>),
-    /// JWT, as said.
-    JwtAuthn(Arc<model::JwtAuthn>),
+    /// Tokens.
+    JwtAuthn(Arc<Jwt>),
     /// Fault injection, from the route.
     Fault,
     /// CORS, from the route.

@@ -12,7 +12,8 @@ use super::cluster::{Ids, WeightedClusters};
 use super::compile::{Sink, missing_secret};
 use super::logs::access_logs;
 use super::{
-    AlpnRewrite, Chain, Filter, HttpChain, HttpFilter, HttpOptions, Name, Rbac, TcpChain, Terminal, route_compile,
+    AlpnRewrite, Chain, Filter, HttpChain, HttpFilter, HttpOptions, Jwt, KeyBell, Name, Rbac, TcpChain, Terminal,
+    route_compile,
 };
 use crate::tls::{Secrets, ServerTls};
 
@@ -31,10 +32,10 @@ const SERVER: &str = "envoy";
 pub(super) fn chain(
     listener: &model::Listener,
     said: &model::FilterChain,
-    (ids, secrets): (&Ids<'_>, &Secrets),
+    (ids, secrets, bell): (&Ids<'_>, &Secrets, &Arc<KeyBell>),
     sink: &mut Sink<'_>,
 ) -> Chain {
-    let mut build = Build { ids, closed: said.unusable.iter().map(|why| why.as_str().into()).collect(), sink };
+    let mut build = Build { ids, bell, closed: said.unusable.iter().map(|why| why.as_str().into()).collect(), sink };
     let tls = said.tls.as_ref().and_then(|tls| build.tls(tls, &key(listener, said), secrets));
     let lost_tls = said.tls.is_some() && tls.is_none();
     let (l4, terminal) = build.filters(&said.filters);
@@ -73,6 +74,7 @@ fn key(listener: &model::Listener, said: &model::FilterChain) -> String {
 
 struct Build<'a, 's> {
     ids: &'a Ids<'a>,
+    bell: &'a Arc<KeyBell>,
     /// Why nothing may pass.
     closed: Vec<Box<str>>,
     sink: &'a mut Sink<'s>,
@@ -136,6 +138,21 @@ impl Build<'_, '_> {
         }
     }
 
+    /// A token filter that cannot be asked lets nobody in.
+    fn jwt(&mut self, said: &model::JwtAuthn) -> HttpFilter {
+        match Jwt::compile(said, self.bell) {
+            Ok((jwt, warnings)) => {
+                warnings.into_iter().for_each(|why| self.sink.warn("jwt_authn", why));
+                HttpFilter::JwtAuthn(Arc::new(jwt))
+            }
+            Err(why) => {
+                self.sink.security("jwt_authn", why.clone());
+                self.closed.push(why.into());
+                HttpFilter::Unsupported { name: "jwt_authn".into(), security: true }
+            }
+        }
+    }
+
     fn tcp(&mut self, said: &model::TcpProxy) -> Terminal {
         if said.tunneling.is_some() {
             self.sink.error("tcp_proxy.tunneling_config", "not supported; connections are refused".to_owned());
@@ -170,7 +187,7 @@ impl Build<'_, '_> {
         Some(match said {
             model::HttpFilter::PeerMetadata(_) => HttpFilter::PeerMetadata,
             model::HttpFilter::Rbac(rbac) => HttpFilter::Rbac(self.rbac(rbac)),
-            model::HttpFilter::JwtAuthn(jwt) => HttpFilter::JwtAuthn(Arc::new((**jwt).clone())),
+            model::HttpFilter::JwtAuthn(jwt) => self.jwt(jwt),
             model::HttpFilter::Fault => HttpFilter::Fault,
             model::HttpFilter::Cors => HttpFilter::Cors,
             model::HttpFilter::Alpn(lists) => {

@@ -13,7 +13,7 @@ use super::cluster::{Ids, Transport};
 use super::host::{Breakers, HostSet};
 use super::listener::Inspectors;
 use super::logs::access_logs;
-use super::{ByName, Chain, ClusterId, ClusterShared, Listener, Name, RouteTable, Snapshot, route_compile};
+use super::{ByName, Chain, ClusterId, ClusterShared, KeyBell, Listener, Name, RouteTable, Snapshot, route_compile};
 use crate::tls::Secrets;
 
 /// A route table with what it was compiled from.
@@ -31,7 +31,8 @@ pub(super) struct CompiledTable {
 /// its chain unusable.
 pub fn compile(prev: Option<&Snapshot>, model: &Model, secrets: &Secrets) -> (Snapshot, Vec<Reject>) {
     let same_secrets = prev.is_some_and(|prev| prev.secrets == *secrets);
-    let mut work = Work { prev, model, secrets, same_secrets, rejects: Vec::new() };
+    let bell = prev.map(|prev| Arc::clone(&prev.bell)).unwrap_or_default();
+    let mut work = Work { prev, model, secrets, same_secrets, bell: Arc::clone(&bell), rejects: Vec::new() };
     let clusters: Box<[Arc<ClusterShared>]> = model.clusters.values().map(|said| work.cluster(said)).collect();
     let by_name = ids(&clusters);
     let routes = work.routes(&Ids(&by_name));
@@ -49,6 +50,7 @@ pub fn compile(prev: Option<&Snapshot>, model: &Model, secrets: &Secrets) -> (Sn
         by_name,
         secrets: secrets.clone(),
         rejects: rejects.clone().into(),
+        bell,
     };
     (snapshot, rejects)
 }
@@ -108,6 +110,7 @@ struct Work<'a> {
     model: &'a Model,
     secrets: &'a Secrets,
     same_secrets: bool,
+    bell: Arc<KeyBell>,
     rejects: Vec<Reject>,
 }
 
@@ -289,7 +292,7 @@ impl Work<'_> {
             }
         }
         let mut sink = Sink::new(&mut self.rejects, &resource);
-        Arc::new(chain_compile::chain(listener, said, (ids, self.secrets), &mut sink.at(&at)))
+        Arc::new(chain_compile::chain(listener, said, (ids, self.secrets, &self.bell), &mut sink.at(&at)))
     }
 
     fn by_address(

@@ -8,7 +8,7 @@ use serde_json::Value;
 use super::matcher::StringMatch;
 
 /// Dynamic metadata by filter name.
-pub(super) type Metadata = serde_json::Map<String, Value>;
+pub type Metadata = serde_json::Map<String, Value>;
 
 /// A compiled [`model::MetadataMatcher`].
 #[derive(Debug)]

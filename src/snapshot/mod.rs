@@ -19,6 +19,13 @@ mod chain_match;
 mod cluster;
 mod compile;
 mod host;
+mod jwks;
+mod jwt;
+mod jwt_claims;
+mod jwt_place;
+#[cfg(test)]
+mod jwt_tests;
+mod jwt_token;
 mod listener;
 mod logs;
 mod matcher;
@@ -46,8 +53,14 @@ pub use compile::compile;
 pub use host::{
     Breakers, Ejection, Failures, Gauge, Host, HostSet, HostStats, LocalityHosts, Priority, Totals, Window,
 };
+pub use jwks::check as check_jwks;
+pub use jwt::{Grant, Jwt, JwtCache, KeyBell, KeySource, metadata_of};
+pub use jwt_place::{Place, without_param};
+pub use jwt_token::Denied;
 pub use listener::{ChainInput, Inspect, Listener};
+
 pub use matcher::{HeaderMatch, QueryMatch, StringMatch, query, url_path};
+pub use metadata::Metadata;
 pub use proxy_config::{Name, Reject};
 pub use rbac::{Rbac, Verdict};
 pub use rbac_why::Denial;
@@ -83,6 +96,8 @@ pub struct Snapshot {
     by_name: ByName<ClusterId>,
     secrets: Secrets,
     rejects: Box<[Reject]>,
+    /// One for all snapshots of a process.
+    bell: Arc<KeyBell>,
 }
 
 impl Snapshot {
@@ -168,6 +183,23 @@ impl Snapshot {
         self.routes.values().map(|compiled| &compiled.table)
     }
 
+    /// Rings when a token asks for a key that its provider does not have.
+    pub fn key_bell(&self) -> &Arc<KeyBell> {
+        &self.bell
+    }
+
+    /// Where keys for tokens are fetched from; one that several chains use comes several times.
+    pub fn key_sources(&self) -> impl Iterator<Item = &Arc<KeySource>> {
+        let chains = self.listeners.iter().flat_map(|listener| listener.all_chains());
+        let filters = chains.flat_map(|chain| match &chain.terminal {
+            Terminal::Http(http) => &*http.filters,
+            Terminal::Tcp(_) | Terminal::Refuse(_) => &[],
+        });
+        filters
+            .filter_map(|filter| if let HttpFilter::JwtAuthn(jwt) = filter { Some(jwt) } else { None })
+            .flat_map(|jwt| jwt.sources())
+    }
+
     /// The key material it was compiled with.
     pub fn secrets(&self) -> &Secrets {
         &self.secrets
@@ -205,5 +237,5 @@ pub struct Attributes<'a> {
     /// The request; `None` on TCP.
     pub request: Option<&'a RequestView<'a>>,
     /// Dynamic metadata by filter name (JWT payloads).
-    pub metadata: Option<&'a serde_json::Map<String, serde_json::Value>>,
+    pub metadata: Option<&'a Metadata>,
 }

@@ -10,7 +10,7 @@ use super::action::{Action, Cors, Forward, HeaderOps, WeightedCluster};
 use super::chain_match::lower;
 use super::cluster::ClusterRef;
 use super::matcher::{HeaderMatch, QueryMatch, query, url_path};
-use super::metadata::MetadataMatch;
+use super::metadata::{Metadata, MetadataMatch};
 use super::{ByName, Name, RequestView};
 
 /// A compiled route table.
@@ -22,6 +22,8 @@ pub struct RouteTable {
     pub virtual_hosts: Box<[VirtualHost]>,
     pub(super) domains: Domains,
     pub(super) ignore_port: bool,
+    /// Some route asks for what a token says.
+    pub(super) asks_metadata: bool,
 }
 
 /// A virtual host.
@@ -125,9 +127,19 @@ impl<'t> Found<'t> {
 
 /// The route of a request. `draw` is uniform over `u64` and chooses among weighted clusters.
 pub fn find<'t>(table: &'t RouteTable, request: &RequestView<'_>, draw: u64) -> Result<Found<'t>, NoRoute> {
+    find_knowing(table, request, None, draw)
+}
+
+/// The route of a request of which filters know more, from its tokens.
+pub fn find_knowing<'t>(
+    table: &'t RouteTable,
+    request: &RequestView<'_>,
+    metadata: Option<&Metadata>,
+    draw: u64,
+) -> Result<Found<'t>, NoRoute> {
     let vhost = table.virtual_host(request.authority).ok_or(NoRoute::VirtualHost)?;
     let path = url_path(request.path);
-    let route = vhost.routes.iter().find(|r| r.matches.holds(request, path)).ok_or(NoRoute::Route)?;
+    let route = vhost.routes.iter().find(|r| r.matches.holds(request, path, metadata)).ok_or(NoRoute::Route)?;
     let forward = match &route.action {
         Action::Forward(forward) => Some(&**forward),
         _ => None,
@@ -136,6 +148,11 @@ pub fn find<'t>(table: &'t RouteTable, request: &RequestView<'_>, draw: u64) -> 
 }
 
 impl RouteTable {
+    /// Whether some route asks for what a token says, so that it is worth looking again once that is known.
+    pub fn asks_metadata(&self) -> bool {
+        self.asks_metadata
+    }
+
     /// The virtual host of an authority: the exact name, else the longest `*.suffix`, else the longest `prefix.*`, else
     /// `*`. Case plays no part, the port only where the table says so.
     pub fn virtual_host(&self, authority: &str) -> Option<&VirtualHost> {
@@ -194,12 +211,12 @@ impl Route {
 
 impl RouteMatch {
     /// Whether the route takes the request, whose path without query is `path`. What is cheap comes first.
-    fn holds(&self, request: &RequestView<'_>, path: &str) -> bool {
+    fn holds(&self, request: &RequestView<'_>, path: &str, metadata: Option<&Metadata>) -> bool {
         self.path_holds(request, path)
             && (!self.grpc || is_grpc(request))
             && self.headers.iter().all(|header| header.matches(request))
             && self.query_holds(request)
-            && self.metadata.iter().all(|metadata| metadata.matches(None))
+            && self.metadata.iter().all(|wanted| wanted.matches(metadata))
     }
 
     fn path_holds(&self, request: &RequestView<'_>, path: &str) -> bool {

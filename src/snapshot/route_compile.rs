@@ -21,6 +21,7 @@ pub(super) fn table(said: &model::RouteTable, ids: &Ids<'_>, sink: &mut Sink<'_>
     RouteTable {
         name: Arc::clone(&said.name),
         domains: domains(said, sink),
+        asks_metadata: virtual_hosts.iter().flat_map(|v| &v.routes).any(|route| !route.matches.metadata.is_empty()),
         virtual_hosts,
         ignore_port: said.ignore_port_in_host_matching,
     }
@@ -81,7 +82,7 @@ fn claim(list: &mut Vec<(Box<str>, u32)>, text: &str, index: u32) -> bool {
 
 /// `None`: nobody knows which requests it takes, so it takes none.
 fn route(said: &model::Route, ids: &Ids<'_>, sink: &mut Sink<'_>) -> Option<Route> {
-    let matches = match matches(&said.matches, sink) {
+    let matches = match matches(&said.matches) {
         Ok(matches) => matches,
         Err(why) => {
             sink.error("match", why);
@@ -110,10 +111,7 @@ fn route(said: &model::Route, ids: &Ids<'_>, sink: &mut Sink<'_>) -> Option<Rout
     })
 }
 
-fn matches(said: &model::RouteMatch, sink: &mut Sink<'_>) -> Result<RouteMatch, String> {
-    if !said.dynamic_metadata.is_empty() {
-        sink.warn("match.dynamic_metadata", "routes do not see JWT claims; it matches as without a token".to_owned());
-    }
+fn matches(said: &model::RouteMatch) -> Result<RouteMatch, String> {
     Ok(RouteMatch {
         path: path(&said.path)?,
         case_sensitive: said.case_sensitive,

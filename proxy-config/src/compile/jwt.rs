@@ -6,8 +6,8 @@ use std::time::Duration;
 use crate::istio::request_authentication::{JwtRule, RequestAuthentication};
 use crate::model::{HttpFilter, JwksSource, JwtAuthn, JwtProvider, JwtRequirement, Name};
 
-/// How long fetched keys are kept.
-const JWKS_CACHE: Duration = Duration::from_secs(300);
+/// How long fetched keys are good: istiod's refresh period.
+const JWKS_CACHE: Duration = Duration::from_secs(20 * 60);
 /// Limit on fetching keys that says none itself.
 const JWKS_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -72,6 +72,7 @@ fn keys(rule: &JwtRule) -> JwksSource {
         cluster: Name::from(""),
         timeout: Some(rule.timeout.map_or(JWKS_TIMEOUT, |t| t.0)),
         cache: Some(JWKS_CACHE),
+        keys: None,
     }
 }
 

@@ -1,6 +1,7 @@
 //! RBAC and JWT as Envoy's filters hold them.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -186,8 +187,16 @@ pub enum JwksSource {
     None,
     /// JSON text.
     Inline(String),
-    /// URI, cluster, timeout, cache time.
-    Remote { uri: String, cluster: Name, timeout: Option<Duration>, cache: Option<Duration> },
+    /// URI, the cluster that leads there (empty: straight), limit on one fetch, how long the answer is good, and what was
+    /// fetched last: nobody says that, the control loop fills it in.
+    Remote {
+        uri: String,
+        cluster: Name,
+        timeout: Option<Duration>,
+        cache: Option<Duration>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        keys: Option<Arc<str>>,
+    },
 }
 
 /// `JwtRequirement`.
@@ -195,6 +204,8 @@ pub enum JwksSource {
 pub enum JwtRequirement {
     /// This provider.
     Provider(String),
+    /// This provider, with audiences of its own.
+    ProviderAndAudiences(String, Vec<String>),
     /// Any of.
     Any(Vec<Self>),
     /// All of.

@@ -36,14 +36,16 @@ fn rule(of: pb::RequirementRule) -> Read<(String, JwtRequirement)> {
         Some(requirement_rule::RequirementType::RequirementName(_)) => {
             Err(Fault::new("requirement_name is not supported"))
         }
-        None => Ok((prefix, JwtRequirement::AllowMissingOrFailed)),
+        // Nothing is required, so nothing is looked at.
+        None => Ok((prefix, JwtRequirement::All(Vec::new()))),
     }
 }
 
 fn requirement(of: pb::JwtRequirement) -> Read<JwtRequirement> {
     use jwt_requirement::RequiresType;
     Ok(match of.requires_type {
-        None | Some(RequiresType::AllowMissingOrFailed(_)) => JwtRequirement::AllowMissingOrFailed,
+        None => JwtRequirement::All(Vec::new()),
+        Some(RequiresType::AllowMissingOrFailed(_)) => JwtRequirement::AllowMissingOrFailed,
         Some(RequiresType::AllowMissing(_)) => JwtRequirement::AllowMissing,
         Some(RequiresType::ProviderName(name)) => JwtRequirement::Provider(name),
         Some(RequiresType::RequiresAny(list)) => {
@@ -52,8 +54,8 @@ fn requirement(of: pb::JwtRequirement) -> Read<JwtRequirement> {
         Some(RequiresType::RequiresAll(list)) => {
             JwtRequirement::All(each("requires_all", list.requirements, requirement)?)
         }
-        Some(RequiresType::ProviderAndAudiences(_)) => {
-            return Err(Fault::new("provider_and_audiences is not supported"));
+        Some(RequiresType::ProviderAndAudiences(of)) => {
+            JwtRequirement::ProviderAndAudiences(of.provider_name, of.audiences)
         }
         Some(RequiresType::ExtractOnlyWithoutValidation(_)) => {
             return Err(Fault::new("extract_only_without_validation is not supported"));
@@ -62,6 +64,9 @@ fn requirement(of: pb::JwtRequirement) -> Read<JwtRequirement> {
 }
 
 fn provider(mut of: pb::JwtProvider, reader: &mut Reader) -> Read<JwtProvider> {
+    // Routes that ask for claims are looked for again after every token, and verified tokens are always kept for a while.
+    of.clear_route_cache = false;
+    of.jwt_cache_config = None;
     let claims = of.normalize_payload_in_metadata.take().map(|n| n.space_delimited_claims).unwrap_or_default();
     let out = JwtProvider {
         issuer: take(&mut of.issuer),
@@ -117,6 +122,7 @@ fn keys(of: Option<jwt_provider::JwksSourceSpecifier>, reader: &mut Reader) -> R
                 cluster: Name::from(cluster),
                 timeout: value::duration(&mut uri.timeout),
                 cache: value::duration(&mut remote.cache_duration),
+                keys: None,
             };
             reader.done(&remote);
             Ok(out)
