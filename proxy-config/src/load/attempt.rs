@@ -84,7 +84,7 @@ fn fill(objects: &Objects, catalog: &Catalog<'_>, identity: &Identity, model: &m
     assemble::fill(&view, model);
     let inputs = clusters::Inputs { rules: &rules, mesh, peer_policies: &peers, networks: &objects.networks };
     clusters::fill(&view, inputs, model);
-    model.names = names::names(catalog, &reachable, proxy);
+    model.names = names::names(catalog, &reachable, proxy).into();
 }
 
 fn routes(objects: &Objects, proxy: &Proxy, rejects: &mut Vec<Reject>) -> Vec<Routes> {

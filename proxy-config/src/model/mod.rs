@@ -11,6 +11,7 @@ mod listener;
 mod matcher;
 mod policy;
 mod route;
+mod shared;
 mod tls;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -25,6 +26,7 @@ pub use listener::*;
 pub use matcher::*;
 pub use policy::*;
 pub use route::*;
+pub use shared::Shared;
 pub use tls::*;
 
 /// A resource name; cheap to clone, shared by everything that refers to it.
@@ -34,15 +36,15 @@ pub type Name = Arc<str>;
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
 pub struct Model {
     /// Listeners by name (`virtualInbound`, `0.0.0.0_80`, ...).
-    pub listeners: BTreeMap<Name, Arc<Listener>>,
+    pub listeners: Shared<BTreeMap<Name, Arc<Listener>>>,
     /// Route tables by RDS name (`80`, `host:port`). Inline tables live in their connection manager.
-    pub routes: BTreeMap<Name, Arc<RouteTable>>,
+    pub routes: Shared<BTreeMap<Name, Arc<RouteTable>>>,
     /// Clusters by name (`outbound|80||host`, `inbound|8080||`, `PassthroughCluster`, ...).
-    pub clusters: BTreeMap<Name, Arc<Cluster>>,
+    pub clusters: Shared<BTreeMap<Name, Arc<Cluster>>>,
     /// Load assignments by EDS service name.
-    pub endpoints: BTreeMap<Name, Arc<Endpoints>>,
+    pub endpoints: Shared<BTreeMap<Name, Arc<Endpoints>>>,
     /// Mesh names for DNS (NDS).
-    pub names: BTreeMap<Name, NameInfo>,
+    pub names: Shared<BTreeMap<Name, NameInfo>>,
     /// Objects that could not be served as they were said; see `inputs.md`, "A bad or not yet supported object".
     #[serde(skip)]
     pub rejects: Vec<Reject>,

@@ -69,6 +69,8 @@ pub(super) struct Reader {
     pub(super) inert: BTreeSet<String>,
     /// `Message.field` that was set and not read.
     pub(super) unread: BTreeSet<String>,
+    /// Filters that come by extension discovery, by name.
+    pub(super) extensions: BTreeSet<String>,
 }
 
 impl Reader {

@@ -40,9 +40,11 @@ pub(super) fn filters(of: Vec<Pb>, extensions: &Extensions, reader: &mut Reader)
             suppress = router;
             continue;
         }
-        let resolved = matches!(filter.config_type, Some(ConfigType::ConfigDiscovery(_)))
-            .then(|| extensions.get(&filter.name).cloned())
-            .flatten();
+        let discovered = matches!(filter.config_type, Some(ConfigType::ConfigDiscovery(_)));
+        if discovered {
+            reader.extensions.insert(filter.name.clone());
+        }
+        let resolved = discovered.then(|| extensions.get(&filter.name).cloned()).flatten();
         out.push(resolved.unwrap_or_else(|| self::filter(filter, reader)));
     }
     Ok((out, suppress))

@@ -30,6 +30,7 @@ mod rbac;
 mod robustness;
 mod route;
 mod route_action;
+mod secret;
 mod tls;
 mod tracing;
 mod value;
@@ -43,6 +44,7 @@ use prost::Message;
 
 use self::context::{Fault, Read, Reader, type_name};
 pub use self::messages::{Any, DiscoveryResponse};
+pub use self::secret::{Material, Secret};
 #[cfg(doc)]
 use crate::model::Severity;
 use crate::model::{Cluster, Endpoints, HttpFilter, Listener, Model, Name, NameInfo, Reject, RouteTable};
@@ -74,6 +76,8 @@ pub struct Resource<T> {
     pub inert: BTreeSet<String>,
     /// Fields that were set and not read, see [`Decoded::unread`].
     pub unread: BTreeSet<String>,
+    /// Filters of a listener that come by extension discovery, by the name to subscribe to.
+    pub extensions: BTreeSet<String>,
 }
 
 /// HTTP filters that came by extension discovery (ECDS), by name.
@@ -127,7 +131,7 @@ impl Decoded {
             ENDPOINTS => self.keep(endpoints(any), |m, v| {
                 m.endpoints.insert(Name::clone(&v.name), Arc::new(v));
             }),
-            NAMES => self.keep(names(any), |m, v| m.names = v),
+            NAMES => self.keep(names(any), |m, v| m.names = v.into()),
             other => {
                 let fault = Fault::new("unknown resource type");
                 self.model.rejects.push(fault.into_reject(other.to_owned()));
@@ -197,6 +201,19 @@ pub fn names(any: &Any) -> Result<Resource<BTreeMap<Name, NameInfo>>, Reject> {
     reader.close(result)
 }
 
+/// Reads key material that came over the stream (`kubernetes://…`).
+///
+/// # Errors
+/// A [`Reject`] when it is malformed or of a kind that is not used.
+pub fn secret(any: &Any) -> Result<Resource<Secret>, Reject> {
+    let mut reader = Reader { resource: "Secret".to_owned(), ..Reader::default() };
+    let result = match reader.open(&any.value) {
+        Ok(message) => secret::secret(message, &mut reader),
+        Err(fault) => Err(fault),
+    };
+    reader.close(result)
+}
+
 /// Reads an HTTP filter with the name by which listeners ask for it.
 ///
 /// # Errors
@@ -222,9 +239,9 @@ where
 
 impl Reader {
     fn close<T>(self, result: Read<T>) -> Result<Resource<T>, Reject> {
-        let Self { resource, notes, inert, unread } = self;
+        let Self { resource, notes, inert, unread, extensions } = self;
         let value = result.map_err(|fault| fault.into_reject(resource))?;
-        Ok(Resource { value, notes, inert, unread })
+        Ok(Resource { value, notes, inert, unread, extensions })
     }
 }
 

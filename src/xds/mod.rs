@@ -1,0 +1,25 @@
+//! Speaks with istiod: the aggregated discovery stream.
+//!
+//! [`Ads`] decides what is asked for and answered, as a value without I/O. It decides nothing about traffic: what it gives
+//! out is a model, whole and warm, that `control` compiles and publishes.
+
+mod ads;
+#[cfg(test)]
+mod fixture;
+mod kind;
+mod messages;
+mod received;
+mod refs;
+mod store;
+#[cfg(test)]
+mod tests;
+mod warm;
+mod wire;
+
+pub use ads::{Ads, Health, Options, Step};
+pub use kind::{HEALTH, Kind};
+pub use messages::{
+    DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, Request, Resource, Response, Status,
+};
+pub use received::{Received, Record, Refusal, Version};
+pub use warm::Update;
