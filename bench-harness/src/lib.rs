@@ -1,5 +1,5 @@
 //! Load, peers, the demo and the conformance runner. Never part of the product: the product is run as a user runs it, by
-//! its command line.
+//! its command line. Only the discovery stream, which is a value without I/O, is asked directly.
 
 pub mod app;
 pub mod bench;

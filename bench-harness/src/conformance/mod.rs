@@ -17,6 +17,7 @@ mod rules;
 mod simulation;
 #[cfg(feature = "conformance")]
 mod stage;
+mod streams;
 mod tally;
 #[cfg(feature = "conformance")]
 mod wire;

@@ -1,4 +1,5 @@
-//! Recorded resources: the same calls must get the same answers, and both mouths must give the same model.
+//! Recorded resources: the same calls must get the same answers, and both mouths must give the same model. Recorded
+//! streams: see [`super::streams`].
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,7 +11,7 @@ use super::calls::{self, Question};
 use super::explain::From;
 use super::input::Input;
 use super::tally::Tally;
-use super::{Bench, Set, cases, dumps, models, simulation};
+use super::{Bench, Set, cases, dumps, models, simulation, streams};
 
 /// Runs every recording that has questions or YAML beside it.
 ///
@@ -32,6 +33,8 @@ pub(super) fn run(bench: &Bench<'_>, set: &Set) -> Result<Tally> {
                 }
             }
             "seed" => tally.add(of_seed(bench, case, &folder)?),
+            "stream" => tally.add(streams::conversation(bench, name, &folder)?),
+            "scale" => tally.add(streams::scale(bench, name, case, &folder)?),
             kind => tally.out_of_reach(format!("recordings of kind {kind} are not replayed yet"), 1),
         }
     }
