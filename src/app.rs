@@ -125,6 +125,7 @@ async fn serve(args: &ProxyArgs, control: Control, count: usize, process: Proces
         node: host::node(&first.proxy),
         telemetry: Arc::clone(&telemetry),
         logs: Arc::clone(&logs),
+        connections: host::connections(),
     };
     let mut workers = Workers::start(count, &settings).context("workers")?;
     if let Some((address, e)) = workers.sockets(&first.snapshot).into_iter().next() {

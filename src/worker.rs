@@ -52,6 +52,8 @@ pub struct Settings {
     pub telemetry: Arc<Telemetry>,
     /// Access logs; each worker gets a sink.
     pub logs: Arc<Logs>,
+    /// Connections of all workers; more wait in the kernel until one ends.
+    pub connections: usize,
 }
 
 /// All workers.
@@ -183,6 +185,8 @@ struct Worker {
     peers: Arc<[mpsc::UnboundedSender<Command>]>,
     drain: Watch,
     env: Arc<Env>,
+    /// See [`Settings::connections`].
+    connections: usize,
 }
 
 impl Start {
@@ -198,8 +202,14 @@ impl Start {
         let env = Arc::new(env.with_telemetry(shard, self.settings.logs.sink()));
         tokio::spawn(follow(self.settings.snapshots, Arc::clone(&env)));
         tokio::spawn(measure_lag(Arc::clone(&self.loads), self.index));
-        let worker =
-            Worker { index: self.index, loads: self.loads, peers: self.peers, drain: self.settings.drain, env };
+        let worker = Worker {
+            index: self.index,
+            loads: self.loads,
+            peers: self.peers,
+            drain: self.settings.drain,
+            env,
+            connections: self.settings.connections,
+        };
         Arc::new(worker).run(commands).await;
     }
 }

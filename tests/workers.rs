@@ -132,7 +132,14 @@ fn start(count: usize, snapshot: &Arc<Snapshot>) -> Proxy {
     let (snapshots, receiver) = watch::channel(Arc::clone(snapshot));
     let telemetry = Telemetry::new(NodeLabels::default());
     let logs = Arc::new(Logs::start(LogOptions::default(), &telemetry).expect("a thread"));
-    let settings = Settings { snapshots: receiver, drain: leaving, node: Node::default(), telemetry, logs };
+    let settings = Settings {
+        snapshots: receiver,
+        drain: leaving,
+        node: Node::default(),
+        telemetry,
+        logs,
+        connections: usize::MAX,
+    };
     let mut workers = Workers::start(count, &settings).expect("threads");
     let failed = workers.sockets(snapshot);
     assert!(failed.is_empty(), "{failed:?}");
@@ -199,7 +206,14 @@ async fn a_port_that_somebody_has_is_told() {
     let (_snapshots, receiver) = watch::channel(Arc::clone(&snapshot));
     let telemetry = Telemetry::new(NodeLabels::default());
     let logs = Arc::new(Logs::start(LogOptions::default(), &telemetry).expect("a thread"));
-    let settings = Settings { snapshots: receiver, drain: leaving, node: Node::default(), telemetry, logs };
+    let settings = Settings {
+        snapshots: receiver,
+        drain: leaving,
+        node: Node::default(),
+        telemetry,
+        logs,
+        connections: usize::MAX,
+    };
     let failed = Workers::start(2, &settings).expect("threads").sockets(&snapshot);
     assert_eq!(failed.len(), 1);
     assert_eq!((failed[0].0, failed[0].1.kind()), (app, std::io::ErrorKind::AddrInUse));

@@ -6,6 +6,8 @@ pub mod bench;
 pub mod child;
 pub mod conformance;
 pub mod demo;
+pub mod envoy;
+pub mod frames;
 pub mod istiod;
 pub mod netns;
 #[cfg(feature = "conformance")]

@@ -1,7 +1,7 @@
 //! HTTP/1 on three ports; who may ask for what.
 
+use std::collections::VecDeque;
 use std::io::Write as _;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use regex::Regex;
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::task::JoinHandle;
 
 use super::{Admin, clusters, dump, ready, stats};
 use crate::drain::Phase;
@@ -24,10 +24,13 @@ use crate::explain;
 use crate::net::Stream;
 use crate::telemetry::{StatsQuery, render_json, render_text};
 
-/// Connections served at once on one port; more wait in the kernel.
+/// Connections served at once on one port; one more ends the oldest. Waiting instead would let whoever opens so many and
+/// says nothing keep the kubelet's probe out.
 const CONNECTIONS: usize = 128;
 /// The longest that request headers, or the next request of a connection, may take.
 const HEADER_LIMIT: Duration = Duration::from_secs(30);
+/// The same where each connection is one probe, and anybody may connect.
+const PROBE_HEADER_LIMIT: Duration = Duration::from_secs(5);
 /// After an accept error that is not one connection's, such as no file descriptors.
 const BACK_OFF: Duration = Duration::from_millis(50);
 /// Largest body that is read, bytes (calls to explain).
@@ -75,22 +78,40 @@ type Answer = Response<Bytes>;
 
 /// Serves a port until dropped.
 pub async fn serve(listener: TcpListener, admin: Admin, port: Port) {
-    let slots = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut open = Open::default();
     loop {
-        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
         match listener.accept().await {
-            Ok((tcp, _)) => {
-                let admin = admin.clone();
-                tokio::spawn(async move {
-                    serve_connection(tcp.into(), admin, port).await;
-                    drop(slot);
-                });
-            }
+            Ok((tcp, _)) => open.push(tokio::spawn(serve_connection(tcp.into(), admin.clone(), port))),
             Err(error) => {
                 tracing::debug!(?port, %error, "accept");
                 tokio::time::sleep(BACK_OFF).await;
             }
         }
+    }
+}
+
+/// Connections of a port, the oldest first. Dropping it ends them.
+#[derive(Default)]
+struct Open(VecDeque<JoinHandle<()>>);
+
+impl Open {
+    /// One more; the oldest ends if there are too many.
+    fn push(&mut self, connection: JoinHandle<()>) {
+        if self.0.len() >= CONNECTIONS {
+            self.0.retain(|connection| !connection.is_finished());
+        }
+        if self.0.len() >= CONNECTIONS
+            && let Some(oldest) = self.0.pop_front()
+        {
+            oldest.abort();
+        }
+        self.0.push_back(connection);
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.iter().for_each(JoinHandle::abort);
     }
 }
 
@@ -101,7 +122,8 @@ pub(super) async fn serve_connection(stream: Stream, admin: Admin, port: Port) {
         async move { Ok::<_, std::convert::Infallible>(answer(&admin, port, request).await.map(Full::new)) }
     });
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(HEADER_LIMIT).keep_alive(port != Port::Ready);
+    let limit = if port == Port::Ready { PROBE_HEADER_LIMIT } else { HEADER_LIMIT };
+    http.timer(TokioTimer::new()).header_read_timeout(limit).keep_alive(port != Port::Ready);
     if let Err(error) = http.serve_connection(TokioIo::new(stream), service).await {
         tracing::debug!(?port, %error, "admin connection");
     }

@@ -8,6 +8,7 @@ use proxy_config::registry::Proxy;
 use proxy_config::{Model, Reject, Severity};
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
 
 use super::*;
 use crate::drain::Phase;
@@ -30,8 +31,14 @@ fn fixture() -> Fixture {
     let (_, snapshots) = watch::channel(Arc::default());
     let telemetry = Telemetry::new(NodeLabels { istio_version: "1.27".to_owned(), ..NodeLabels::default() });
     let logs = Arc::new(Logs::start(LogOptions::default(), &telemetry).unwrap());
-    let settings =
-        Settings { snapshots, drain: leaving, node: Node::default(), telemetry: Arc::clone(&telemetry), logs };
+    let settings = Settings {
+        snapshots,
+        drain: leaving,
+        node: Node::default(),
+        telemetry: Arc::clone(&telemetry),
+        logs,
+        connections: 9,
+    };
     let workers = Workers::start(1, &settings).unwrap();
     let admin = Admin {
         published,
@@ -302,4 +309,23 @@ async fn what_changes_something_wants_post() {
     assert_eq!(admin.drain.phase(), Phase::Closing);
     assert_eq!(post(&admin, "/quitquitquit").await.0, 200);
     assert_eq!(admin.drain.phase(), Phase::Gone);
+}
+
+#[tokio::test]
+async fn a_crowd_that_says_nothing_does_not_keep_probes_out() {
+    let fixture = fixture();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let at = listener.local_addr().unwrap();
+    tokio::spawn(serve(listener, fixture.admin.clone(), Port::Ready));
+    let mut crowd = Vec::new();
+    for _ in 0..300 {
+        crowd.push(TcpStream::connect(at).await.unwrap());
+    }
+    let mut probe = TcpStream::connect(at).await.unwrap();
+    probe.write_all(b"GET /healthz/ready HTTP/1.1\r\nhost: a\r\n\r\n").await.unwrap();
+    let mut answer = Vec::new();
+    probe.read_to_end(&mut answer).await.unwrap();
+    assert!(answer.starts_with(b"HTTP/1.1 503"), "{}", String::from_utf8_lossy(&answer));
+    // The first of the crowd had to make room.
+    assert_eq!(crowd[0].read(&mut [0]).await.unwrap_or(0), 0);
 }

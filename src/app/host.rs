@@ -5,11 +5,14 @@ use std::fs;
 use std::time::Duration;
 
 use proxy_config::registry::Proxy;
+use rustix::process::{Resource, Rlimit};
 
 use crate::proxy::Node;
 
 /// Workers when nothing limits the CPU; more would not help a sidecar and cost upstream connections.
 const DEFAULT_WORKERS: usize = 2;
+/// File descriptors that are not connections': listeners, logs, watches, resolvers.
+const OWN_FILES: usize = 512;
 
 /// Istio's rule without an explicit number: the CPU limit, rounded up, else 2.
 pub(super) fn concurrency(variables: &BTreeMap<String, String>) -> usize {
@@ -32,6 +35,26 @@ fn cpu_max(text: &str) -> Option<usize> {
     let (quota, period) = text.trim().split_once(' ')?;
     let (quota, period): (u64, u64) = (quota.parse().ok()?, period.parse().ok()?);
     usize::try_from(quota.checked_add(period - 1)?.checked_div(period)?).ok().filter(|n| *n > 0)
+}
+
+/// Takes as many file descriptors as the system lets us have, as the Go runtime of pilot-agent does, and says how many
+/// connections they are good for: upstream connections serve several of them in turn, and some are for listeners, files and DNS. Without
+/// such a limit a crowd of clients takes the descriptors that upstream connections of everybody else need.
+pub(super) fn connections() -> usize {
+    let now = rustix::process::getrlimit(Resource::Nofile);
+    let most = Rlimit { current: now.maximum, ..now };
+    let limit = match rustix::process::setrlimit(Resource::Nofile, most) {
+        Ok(()) => most,
+        Err(error) => {
+            tracing::warn!(%error, "the limit of open files stays at {:?}", now.current);
+            now
+        }
+    };
+    limit.current.map_or(usize::MAX, |files| connections_of(usize::try_from(files).unwrap_or(usize::MAX)))
+}
+
+fn connections_of(files: usize) -> usize {
+    files.saturating_sub((files / 8).min(OWN_FILES)) / 4 * 3
 }
 
 /// A duration as Go writes it: `1m30s`, `500ms`.
@@ -79,6 +102,13 @@ pub(super) fn node(proxy: &Proxy) -> Node {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn connections_leave_files_for_upstreams() {
+        for (files, connections) in [(1024, 672), (20_000, 14_616), (1 << 20, 786_048), (0, 0)] {
+            assert_eq!(connections_of(files), connections);
+        }
+    }
 
     #[test]
     fn limits_are_rounded_up() {

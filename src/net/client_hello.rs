@@ -36,8 +36,8 @@ pub(super) struct ClientHello {
 /// The answer to "is this TLS?" for a prefix of a connection.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum TlsVerdict {
-    /// Cannot be told yet.
-    NeedMore,
+    /// Cannot be told before there are so many bytes; perhaps not even then.
+    NeedMore(usize),
     /// It is not TLS, or nothing a TLS server could read.
     NotTls,
     /// A complete ClientHello.
@@ -47,20 +47,20 @@ pub(super) enum TlsVerdict {
 /// Inspects a prefix. More bytes never change an answer other than `NeedMore`.
 pub(super) fn inspect(bytes: &[u8]) -> TlsVerdict {
     if bytes.len() < RECORD_HEADER {
-        return TlsVerdict::NeedMore;
+        return TlsVerdict::NeedMore(RECORD_HEADER);
     }
     if bytes[0] & 0x80 != 0 && bytes[2] == CLIENT_HELLO && bytes[3] == TLS_MAJOR {
         return v2_hello(bytes);
     }
     match message(bytes) {
-        Progress::NeedMore => TlsVerdict::NeedMore,
+        Progress::NeedMore(wanted) => TlsVerdict::NeedMore(wanted),
         Progress::Bad => TlsVerdict::NotTls,
         Progress::Done(body) => parse(&body).map_or(TlsVerdict::NotTls, TlsVerdict::Tls),
     }
 }
 
 enum Progress {
-    NeedMore,
+    NeedMore(usize),
     Bad,
     Done(Vec<u8>),
 }
@@ -70,12 +70,16 @@ fn message(bytes: &[u8]) -> Progress {
     let mut rest = bytes;
     let mut body = Vec::new();
     loop {
-        let Some((header, after)) = rest.split_at_checked(RECORD_HEADER) else { return Progress::NeedMore };
+        let Some((header, after)) = rest.split_at_checked(RECORD_HEADER) else {
+            return Progress::NeedMore(bytes.len() - rest.len() + RECORD_HEADER);
+        };
         let length = usize::from(u16::from_be_bytes([header[3], header[4]]));
         if header[1] != TLS_MAJOR || length > MAX_RECORD {
             return Progress::Bad;
         }
-        let Some((fragment, after)) = after.split_at_checked(length) else { return Progress::NeedMore };
+        let Some((fragment, after)) = after.split_at_checked(length) else {
+            return Progress::NeedMore(bytes.len() - after.len() + length);
+        };
         if header[0] != TYPE_HANDSHAKE || fragment.is_empty() {
             return Progress::Bad;
         }
@@ -104,7 +108,7 @@ fn v2_hello(bytes: &[u8]) -> TlsVerdict {
         return TlsVerdict::NotTls;
     }
     if bytes.len() < length + 2 {
-        return TlsVerdict::NeedMore;
+        return TlsVerdict::NeedMore(length + 2);
     }
     TlsVerdict::Tls(ClientHello::default())
 }
@@ -258,13 +262,13 @@ pub(super) mod tests {
 
     #[test]
     fn first_bytes_decide_as_observed() {
-        assert_eq!(inspect(b"abcd"), TlsVerdict::NeedMore);
+        assert_eq!(inspect(b"abcd"), TlsVerdict::NeedMore(5));
         assert_eq!(inspect(b"abcde"), TlsVerdict::NotTls);
-        assert_eq!(inspect(b"\r\n\r\n"), TlsVerdict::NeedMore);
+        assert_eq!(inspect(b"\r\n\r\n"), TlsVerdict::NeedMore(5));
         assert_eq!(inspect(b"\x17\x03\x03\x00\x05abcde"), TlsVerdict::NotTls);
         assert_eq!(inspect(b"\x16\x03\x01\x00\x05abcde"), TlsVerdict::NotTls);
-        assert_eq!(inspect(b"\x80\x2e\x01\x03\x01\x00\x15\x00\x00\x00\x10xxxx"), TlsVerdict::NeedMore);
-        assert_eq!(inspect(b"\x16\x03\x01\x02\x00\x01"), TlsVerdict::NeedMore);
+        assert_eq!(inspect(b"\x80\x2e\x01\x03\x01\x00\x15\x00\x00\x00\x10xxxx"), TlsVerdict::NeedMore(48));
+        assert_eq!(inspect(b"\x16\x03\x01\x02\x00\x01"), TlsVerdict::NeedMore(517));
     }
 
     proptest! {
@@ -289,7 +293,11 @@ pub(super) mod tests {
             let whole = inspect(&bytes);
             for cut in 0..bytes.len() {
                 let early = inspect(&bytes[..cut]);
-                prop_assert!(early == TlsVerdict::NeedMore || early == whole);
+                match early {
+                    // Whoever waits for what was asked for misses nothing.
+                    TlsVerdict::NeedMore(wanted) => prop_assert!(wanted > cut),
+                    answer => prop_assert_eq!(&answer, &whole),
+                }
             }
         }
 

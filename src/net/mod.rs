@@ -17,7 +17,9 @@
 mod client_hello;
 mod connect;
 pub mod copy;
+mod frames;
 mod gather;
+mod heads;
 mod listen;
 mod orig_dst;
 pub mod proxy_protocol;
@@ -25,7 +27,9 @@ pub mod sniff;
 mod stream;
 
 pub use connect::{Keepalive, Target, connect, connect_unix};
+pub use frames::{Flood, Frames};
 pub use gather::{Gather, Turn};
+pub use heads::Heads;
 pub use listen::{ListenOptions, listen, probe_free};
 pub use orig_dst::original_dst;
 pub use stream::{Io, Stream};

@@ -92,12 +92,18 @@ pub enum HttpVerdict {
 
 /// Inspects a prefix for HTTP. More bytes never change an answer other than `NeedMore`.
 pub fn http(bytes: &[u8]) -> HttpVerdict {
+    http_from(bytes, 0)
+}
+
+/// [`http`] for a prefix whose first `seen` bytes were inspected before and asked for more: they are not looked at again,
+/// so that a client that sends its line byte by byte costs no more than its bytes.
+fn http_from(bytes: &[u8], seen: usize) -> HttpVerdict {
     let shared = bytes.len().min(H2_PREFACE.len());
     if bytes[..shared] == H2_PREFACE[..shared] {
         let complete = bytes.len() >= H2_PREFACE.len();
         return if complete { HttpVerdict::Http(Http::H2c) } else { HttpVerdict::NeedMore };
     }
-    for (at, byte) in bytes.iter().enumerate() {
+    for (at, byte) in bytes.iter().enumerate().skip(seen) {
         match byte {
             b'\r' | b'\n' => return first_line(&bytes[..at]).map_or(HttpVerdict::NotHttp, HttpVerdict::Http),
             b' '..=b'~' if at < MAX_FIRST_LINE => {}
@@ -152,18 +158,27 @@ pub fn codec(bytes: &[u8]) -> Option<Codec> {
 }
 
 /// Reads until the codec is clear and gives the stream back with those bytes in front. A client that leaves before is
-/// an HTTP/1 connection that ends at once. Set a limit around it: a silent client is waited for.
-pub async fn read_codec(mut stream: Stream) -> io::Result<(Codec, Stream)> {
+/// an HTTP/1 connection that ends at once. `rest`: how long the other bytes of the preface may take after the first. Set a
+/// limit around it: a silent client is waited for.
+pub async fn read_codec(mut stream: Stream, rest: Duration) -> io::Result<(Codec, Stream)> {
     let mut buffer = BytesMut::with_capacity(FIRST_READ);
-    let codec = loop {
-        if stream.read_buf(&mut buffer).await? == 0 {
-            break Codec::Http1;
-        }
-        if let Some(codec) = codec(&buffer) {
-            break codec;
-        }
-    };
-    Ok((codec, stream.replay(buffer.freeze())))
+    let mut codec_of = stream.read_buf(&mut buffer).await.map(|read| first_codec(read, &buffer))?;
+    if codec_of.is_none() {
+        let more = async {
+            while codec_of.is_none() {
+                let read = stream.read_buf(&mut buffer).await?;
+                codec_of = first_codec(read, &buffer);
+            }
+            Ok::<_, io::Error>(())
+        };
+        timeout(rest, more).await??;
+    }
+    Ok((codec_of.unwrap_or(Codec::Http1), stream.replay(buffer.freeze())))
+}
+
+/// `read`: bytes of the last read.
+fn first_codec(read: usize, bytes: &[u8]) -> Option<Codec> {
+    if read == 0 { Some(Codec::Http1) } else { codec(bytes) }
 }
 
 /// Inspection of one connection. It keeps what it has read, so [`Sniffer::run`] may be dropped and called again.
@@ -173,13 +188,17 @@ pub struct Sniffer {
     buffer: BytesMut,
     found: Sniffed,
     done: bool,
+    /// Bytes that the HTTP inspector has looked at.
+    seen_http: usize,
+    /// The TLS inspector has nothing to say before there are so many.
+    wanted: usize,
 }
 
 impl Sniffer {
     /// Starts an inspection; with no inspector enabled it is over at once.
     pub fn new(inspectors: Inspectors) -> Self {
         let done = !inspectors.tls && !inspectors.http;
-        Self { inspectors, buffer: BytesMut::new(), found: Sniffed::default(), done }
+        Self { inspectors, buffer: BytesMut::new(), found: Sniffed::default(), done, seen_http: 0, wanted: 0 }
     }
 
     /// Bytes that the client has sent so far.
@@ -196,14 +215,16 @@ impl Sniffer {
     /// ClientHello beyond all bounds: the connection has to be closed.
     pub async fn run(&mut self, stream: &mut Stream) -> io::Result<()> {
         while !self.done {
-            self.buffer.reserve(FIRST_READ);
-            if stream.read_buf(&mut self.buffer).await? == 0 {
-                self.found.eof = true;
-                self.done = true;
-                return Ok(());
-            }
-            self.done = self.inspect()?;
+            self.read(stream).await?;
         }
+        Ok(())
+    }
+
+    /// Reads once and looks. Cancel safe; errors as [`Sniffer::run`].
+    pub async fn read(&mut self, stream: &mut Stream) -> io::Result<()> {
+        self.buffer.reserve(FIRST_READ);
+        self.found.eof = stream.read_buf(&mut self.buffer).await? == 0;
+        self.done = self.found.eof || self.inspect()?;
         Ok(())
     }
 
@@ -216,11 +237,17 @@ impl Sniffer {
 
     fn inspect(&mut self) -> io::Result<bool> {
         if self.inspectors.tls {
+            if self.buffer.len() < self.wanted {
+                return Ok(false);
+            }
             match client_hello::inspect(&self.buffer) {
-                TlsVerdict::NeedMore if self.buffer.len() >= MAX_CLIENT_HELLO => {
+                TlsVerdict::NeedMore(_) if self.buffer.len() >= MAX_CLIENT_HELLO => {
                     return Err(io::Error::new(io::ErrorKind::InvalidData, "ClientHello too large"));
                 }
-                TlsVerdict::NeedMore => return Ok(false),
+                TlsVerdict::NeedMore(wanted) => {
+                    self.wanted = wanted.min(MAX_CLIENT_HELLO);
+                    return Ok(false);
+                }
                 TlsVerdict::Tls(hello) => {
                     self.found.transport = Transport::Tls;
                     self.found.sni = hello.sni;
@@ -233,8 +260,13 @@ impl Sniffer {
         if !self.inspectors.http {
             return Ok(true);
         }
-        match http(&self.buffer) {
-            HttpVerdict::NeedMore => Ok(false),
+        match http_from(&self.buffer, self.seen_http) {
+            HttpVerdict::NeedMore => {
+                // The preface has line ends; what breaks it off has to be looked at from the start.
+                let in_preface = H2_PREFACE.starts_with(&self.buffer);
+                self.seen_http = if in_preface { 0 } else { self.buffer.len() };
+                Ok(false)
+            }
             HttpVerdict::NotHttp => Ok(true),
             HttpVerdict::Http(version) => {
                 self.found.alpn.push(version.protocol().to_owned());
@@ -315,6 +347,19 @@ mod tests {
         assert_eq!(http(&[b'A'; 9000]), NeedMore);
     }
 
+    #[test]
+    fn bytes_that_were_inspected_are_not_looked_at_again() {
+        assert_eq!(http_from(b"\0\0\0 / HTTP", 3), HttpVerdict::NeedMore);
+        assert_eq!(http_from(b"\0\0\0 / HTTP", 2), HttpVerdict::NotHttp);
+        let mut sniffer = Sniffer::new(BOTH);
+        let hello = hello(Some("a.b"), &[], 900);
+        for byte in &hello[..hello.len() - 1] {
+            sniffer.buffer.extend_from_slice(&[*byte]);
+            assert!(!sniffer.inspect().unwrap());
+        }
+        assert_eq!(sniffer.wanted, hello.len());
+    }
+
     #[tokio::test(start_paused = true)]
     async fn text_is_held_and_binary_passes() {
         assert!(sniff_bytes(b"hello world", false).await.unwrap().timed_out);
@@ -348,7 +393,7 @@ mod tests {
             let (mut far, near) = tokio::io::duplex(64);
             far.write_all(bytes).await.unwrap();
             drop(far);
-            let (codec, mut stream) = read_codec(Stream::from(near)).await.unwrap();
+            let (codec, mut stream) = read_codec(Stream::from(near), Duration::from_secs(1)).await.unwrap();
             let mut all = Vec::new();
             stream.read_to_end(&mut all).await.unwrap();
             assert_eq!((codec, &all[..]), (expected, bytes));
@@ -378,6 +423,8 @@ mod tests {
                 Just(hello(Some("a.b"), &["istio", "h2"], 300)),
                 Just(b"GET /x HTTP/1.1\r\nhost: a\r\n\r\n".to_vec()),
                 Just(H2_PREFACE.to_vec()),
+                Just(b"PRI * HTTP/2.0\r\nhost: a".to_vec()),
+                Just(b"PRI / HTTP/1.1\r\n".to_vec()),
                 proptest::collection::vec(any::<u8>(), 1..40),
             ],
             piece in 1usize..30,

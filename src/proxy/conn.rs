@@ -9,6 +9,7 @@ use tokio::time::{Instant, timeout};
 
 use super::Env;
 use super::server_first::{self, Early, QUIET};
+use super::watched::HEAD_LIMIT;
 use crate::drain::Guard;
 use crate::error::Kind;
 use crate::net::Stream;
@@ -16,6 +17,9 @@ use crate::net::sniff::{Inspectors, Sniffed, Sniffer, Transport};
 use crate::snapshot::{Attributes, Chain, ChainInput, Filter, Listener, Terminal};
 use crate::telemetry::{Record, RecordKind, Reporter};
 use crate::tls::{self, HANDSHAKE_LIMIT, Peer};
+
+/// How long a client that has said nothing is waited for: Envoy's default limit on idle connections.
+const SILENCE: Duration = Duration::from_secs(3600);
 
 /// The secret that every workload has.
 const WORKLOAD: &str = "default";
@@ -216,8 +220,18 @@ async fn wait(
             Err(_) => Err(Refusal::Silent),
         };
     }
-    sniffer.run(stream).await.map_err(|_| Refusal::Gone)?;
+    say_something(stream, &mut sniffer).await?;
     Ok((sniffer.finish(), None))
+}
+
+/// Waits for a client's first words to make sense. Text without a line end is held back only for so long: then it is bytes
+/// like any other.
+pub(super) async fn say_something(stream: &mut Stream, sniffer: &mut Sniffer) -> Result<(), Refusal> {
+    if sniffer.seen() == 0 {
+        let first = timeout(SILENCE, sniffer.read(stream)).await.map_err(|_| Refusal::Silent)?;
+        first.map_err(|_| Refusal::Gone)?;
+    }
+    timeout(HEAD_LIMIT, sniffer.run(stream)).await.unwrap_or(Ok(())).map_err(|_| Refusal::Gone)
 }
 
 fn chain_for<'a>(arrival: &'a Arrival, seen: &Sniffed) -> Option<&'a Arc<Chain>> {

@@ -21,6 +21,9 @@ use crate::upstream::{ClusterLocal, Progress, Trace};
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
+/// Whoever gives up a request within this time did not want its answer.
+const HASTY: Duration = Duration::from_secs(1);
+
 /// One request.
 pub(super) struct Ctx {
     pub(super) http: Arc<HttpConn>,
@@ -165,6 +168,9 @@ impl Ctx {
         }
         self.flags.insert(self.trace.flags);
         let duration = self.start.elapsed();
+        if self.code == 0 && duration < HASTY {
+            self.http.counts.given_up();
+        }
         self.count(duration);
         let env = &self.http.conn.env;
         if let Some(sink) = env.log().filter(|sink| sink.wants(&self.http.logs)) {

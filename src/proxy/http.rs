@@ -16,6 +16,7 @@ use super::head::Accepts;
 use super::headers::Origin;
 use super::live::{Counts, Live};
 use super::quiet::Quiet;
+use super::watched::{HEAD_LIMIT, Watched};
 use super::{request, xfcc};
 use crate::drain::{Phase, Watch};
 use crate::error::{Flags, Kind};
@@ -133,13 +134,14 @@ pub(super) async fn serve(stream: Stream, conn: Arc<Conn>, chain: &Arc<HttpChain
         Codec::Http1 => {
             http.metrics.cx_http1_total.inc();
             let builder = http1(&http.chain.options, http.conn.eof);
-            let connection = Box::pin(builder.serve_connection(TokioIo::new(stream), service).with_upgrades());
+            let io = TokioIo::new(watched(stream, codec, http));
+            let connection = Box::pin(builder.serve_connection(io, service).with_upgrades());
             drive(connection, |connection| connection.graceful_shutdown(), &live, codec).await
         }
         Codec::Http2 => {
             http.metrics.cx_http2_total.inc();
             let turn = Turn::default();
-            let io = TokioIo::new(Gather::new(stream, turn.clone()));
+            let io = TokioIo::new(Gather::new(watched(stream, codec, http), turn.clone()));
             let connection = Box::pin(turn.count(http2(&http.chain.options).serve_connection(io, service)));
             drive(connection, |connection| connection.inner().graceful_shutdown(), &live, codec).await
         }
@@ -159,14 +161,18 @@ async fn codec(stream: Stream, http: &HttpConn) -> Option<(Codec, Stream)> {
     let mut drain = http.conn.env.drain.clone();
     let read = async {
         match http.chain.options.idle_timeout {
-            Some(limit) => timeout(limit, read_codec(stream)).await.ok()?.ok(),
-            None => read_codec(stream).await.ok(),
+            Some(limit) => timeout(limit, read_codec(stream, HEAD_LIMIT)).await.ok()?.ok(),
+            None => read_codec(stream, HEAD_LIMIT).await.ok(),
         }
     };
     tokio::select! {
         read = read => read,
         () = drain.reached(Phase::Closing) => None,
     }
+}
+
+fn watched(stream: Stream, codec: Codec, http: &HttpConn) -> Watched {
+    Watched::new(stream, codec, http.chain.options.request_headers_timeout, &http.counts)
 }
 
 type Served = hyper::Result<()>;
@@ -181,10 +187,8 @@ fn http1(options: &HttpOptions, eof: bool) -> http1::Builder {
         .allow_multiple_spaces_in_request_line_delimiters(true)
         .max_headers(MAX_HEADERS)
         .max_header_size(options.max_request_headers as usize)
-        .header_read_timeout(options.request_headers_timeout);
-    if options.request_headers_timeout.is_some() {
-        builder.timer(TokioTimer::new());
-    }
+        // The library's limit would also run while a kept connection is idle; ours begins with the first byte.
+        .header_read_timeout(None);
     builder
 }
 
@@ -228,7 +232,8 @@ where
         biased;
         ended = connection.as_mut() => ended,
         () = drain.reached(Phase::Gone) => Ok(()),
-        () = sleep_until(grace), if goodbye == Goodbye::Old => Ok(()),
+        // Whoever was idle before has nothing to finish, and may never answer.
+        () = sleep_until(grace), if matches!(goodbye, Goodbye::Old | Goodbye::Idle) => Ok(()),
     }
 }
 

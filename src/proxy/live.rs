@@ -62,7 +62,12 @@ pub(super) struct Counts {
     outdated: AtomicBool,
     /// No chain answers for it any more.
     barred: AtomicBool,
+    /// Requests whose client went away at once.
+    hasty: AtomicU32,
 }
+
+/// As many requests are looked at before a client is judged by how many it gives up.
+const JUDGED_FROM: u32 = 500;
 
 impl Counts {
     pub(super) fn new(metrics: Arc<CachePadded<HttpMetrics>>) -> Self {
@@ -75,7 +80,20 @@ impl Counts {
             last_end: AtomicU64::new(0),
             outdated: AtomicBool::new(false),
             barred: AtomicBool::new(false),
+            hasty: AtomicU32::new(0),
         }
+    }
+
+    /// The client gave up a request right after it had made it, before it was answered.
+    pub(super) fn given_up(&self) {
+        self.hasty.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Whether the client makes requests only to give them up (CVE-2023-44487): half of them, and of so many that it is no
+    /// accident, by Envoy's measure.
+    pub(super) fn is_flooded(&self) -> bool {
+        let hasty = self.hasty.load(Ordering::Relaxed);
+        hasty > 0 && hasty.saturating_mul(2) >= self.requests().max(JUDGED_FROM)
     }
 
     pub(super) fn request_begins(&self) {

@@ -2,6 +2,8 @@
 
 use std::future::poll_fn;
 use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use http::HeaderValue;
 use http_body::Body as _;
@@ -13,13 +15,47 @@ use super::request::{copy_of, parts_of};
 use crate::snapshot::action::Forward;
 use crate::upstream::{self, AnswerBody, Body, Call, Trace, View};
 
-/// Sends what the route mirrors.
+/// Copies under way on one worker. Nobody waits for them, so nothing else slows the client down when they are answered
+/// late or never; Envoy's default for requests of a cluster.
+const MOST: usize = 1024;
+
+/// How many are under way.
+#[derive(Debug, Default, Clone)]
+pub(super) struct Mirrors(Arc<AtomicUsize>);
+
+/// One copy's place; dropping it leaves.
+#[derive(Debug)]
+struct Place(Mirrors);
+
+impl Mirrors {
+    /// A place for one more; `None` when there are too many.
+    fn take(&self) -> Option<Place> {
+        // Only this worker's thread counts.
+        let full = self.0.load(Ordering::Relaxed) >= MOST;
+        (!full).then(|| {
+            self.0.fetch_add(1, Ordering::Relaxed);
+            Place(self.clone())
+        })
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Sends what the route mirrors, as long as there is room for it.
 pub(super) fn send(http: &HttpConn, view: &View, forward: &Forward, head: &Head, body: &Body) {
     for (cluster, mirror) in &forward.mirrors {
         if fastrand::u32(..1_000_000) >= mirror.millionths {
             continue;
         }
         let Some(id) = view.snap.resolve(cluster) else { continue };
+        let Some(place) = http.conn.env.mirrors.take() else {
+            tracing::debug!(cluster = %cluster.name, "not mirrored: {MOST} copies are under way");
+            return;
+        };
         let mut copy = copy_of(head);
         if mirror.shadow_suffix {
             add_suffix(&mut copy);
@@ -43,6 +79,7 @@ pub(super) fn send(http: &HttpConn, view: &View, forward: &Forward, head: &Head,
                 Ok(answer) => drain(answer.body).await,
                 Err(error) => tracing::debug!(cluster = %call.cluster.shared.name, %error, "mirrored request failed"),
             }
+            drop(place);
         });
     }
 }
@@ -68,6 +105,15 @@ fn add_suffix(head: &mut Head) {
 mod tests {
     use super::super::head::tests::head;
     use super::*;
+
+    #[test]
+    fn copies_are_bounded_and_give_their_place_back() {
+        let mirrors = Mirrors::default();
+        let mut places: Vec<Place> = (0..MOST).map(|_| mirrors.take().unwrap()).collect();
+        assert!(mirrors.take().is_none());
+        places.pop();
+        assert!(mirrors.take().is_some());
+    }
 
     #[test]
     fn shadow_hosts() {

@@ -35,6 +35,7 @@ mod server_first;
 mod tcp;
 mod upgrade;
 mod vars;
+mod watched;
 mod xfcc;
 
 #[cfg(test)]
@@ -94,6 +95,7 @@ pub struct Env {
     denials: filters::Throttle,
     /// Verified tokens. The lock is only ever taken on this worker's thread.
     tokens: Mutex<JwtCache>,
+    mirrors: mirror::Mirrors,
 }
 
 impl Env {
@@ -112,6 +114,7 @@ impl Env {
             connections: AtomicU64::new(0),
             denials: filters::Throttle::default(),
             tokens: Mutex::default(),
+            mirrors: mirror::Mirrors::default(),
         }
     }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use bytes::BytesMut;
 use tokio::io::AsyncReadExt;
 
-use super::conn::{Arrival, Refusal};
+use super::conn::{Arrival, Refusal, say_something};
 use super::tcp;
 use crate::net::Stream;
 use crate::net::sniff::Sniffer;
@@ -40,20 +40,20 @@ pub(super) async fn race(
     let mut trace = Trace::default();
     let ends = (arrival.peer, arrival.destination);
     let dialled = tokio::select! {
-        run = sniffer.run(client) => return run.map(|()| None).map_err(|_| Refusal::Gone),
+        run = say_something(client, sniffer) => return run.map(|()| None),
         dialled = tcp::dial(&view, chain, ends, &mut trace) => dialled,
     };
     let Ok((mut upstream, cluster)) = dialled else {
-        sniffer.run(client).await.map_err(|_| Refusal::Gone)?;
+        say_something(client, sniffer).await?;
         return Ok(None);
     };
     let mut greeting = BytesMut::with_capacity(GREETING);
     tokio::select! {
-        run = sniffer.run(client) => run.map_err(|_| Refusal::Gone)?,
+        run = say_something(client, sniffer) => run?,
         _ = upstream.stream.read_buf(&mut greeting) => {
             // A client that has begun to speak is looked at to the end; an upstream that left is noticed when it is used.
             if sniffer.seen() > 0 {
-                sniffer.run(client).await.map_err(|_| Refusal::Gone)?;
+                say_something(client, sniffer).await?;
             }
         }
     }

@@ -540,6 +540,11 @@ async fn malformed_requests_are_refused() {
         ("\0\u{1}binary\r\n\r\n", "HTTP/1.1 400"),
         ("POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: gzip, chunked\r\n\r\n", "HTTP/1.1 501"),
         ("GET /%00 HTTP/1.1\r\nhost: a\r\n\r\n", "HTTP/1.1 400"),
+        ("GET / HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\ncontent-length: 0\r\n\r\n", "HTTP/1.1 400"),
+        (
+            "GET / HTTP/1.1\r\nhost: a\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+            "HTTP/1.1 400",
+        ),
         ("CONNECT a:1 HTTP/1.1\r\nhost: a:1\r\n\r\n", "HTTP/1.1 404"),
         ("GET / HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: foo\r\n\r\n", "HTTP/1.1 403"),
     ] {
@@ -851,6 +856,54 @@ async fn mirrors_get_the_body_too() {
     let head = shadow.heads().remove(0);
     assert!(head.contains("host: a-shadow\r\n") && head.contains("content-length: 3\r\n"), "{head}");
     assert!(head.contains("x-envoy-internal: true\r\n") && head.contains("x-forwarded-for: 10.0.0.1\r\n"), "{head}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_head_that_does_not_end_ends_the_connection() {
+    let app = App::start(OK, false).await;
+    for start in ["GET / HTTP/1.1\r\nhost: a\r\nx: ", "PRI * HTTP/2", "G"] {
+        let mesh = Mesh::http(&app, vec![forward("/")], Vec::new());
+        let mut client = mesh.connect();
+        client.send(start).await;
+        let begun = tokio::time::Instant::now();
+        let mut answer = Vec::new();
+        // It may be told what was wrong; it surely is closed.
+        client.stream.read_to_end(&mut answer).await.unwrap();
+        assert!(begun.elapsed() < watched::HEAD_LIMIT * 2, "{start}: {:?}", begun.elapsed());
+        client.task.await.unwrap();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_makes_no_sense_is_bytes_after_a_while() {
+    let app = App::start("", true).await;
+    let mesh = Mesh::sniffing(vec![tcp_proxy()], vec![cluster("app", app.address, UpstreamProtocol::Http1)]);
+    let mut client = mesh.connect();
+    client.send("hello").await;
+    let mut echoed = [0; 5];
+    client.stream.read_exact(&mut echoed).await.unwrap();
+    assert_eq!(&echoed, b"hello");
+}
+
+#[tokio::test]
+async fn whoever_gives_up_all_requests_is_cut_off() {
+    // It never answers.
+    let app = App::start("", false).await;
+    let mesh = Mesh::http(&app, vec![forward("/")], Vec::new());
+    let (honest, mut hasty) = (http2(&mesh).await, http2(&mesh).await);
+    let mut given_up = 0;
+    while hasty.ready().await.is_ok() && given_up < 10_000 {
+        let sent = app.heads().len();
+        let answer = tokio::spawn(hasty.send_request(post("/", "a")));
+        // Given up once it is under way, not before: that is the library's to count.
+        while app.heads().len() == sent && !answer.is_finished() {
+            tokio::task::yield_now().await;
+        }
+        answer.abort();
+        given_up += 1;
+    }
+    assert!((250..300).contains(&given_up), "{given_up}");
+    assert!(honest.is_ready());
 }
 
 /// Sizes that many connections and requests are multiplied with.

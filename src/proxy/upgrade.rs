@@ -4,13 +4,15 @@ use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Duration;
 
-use hyper::upgrade::OnUpgrade;
+use hyper::upgrade::{OnUpgrade, Upgraded};
 use hyper_util::rt::TokioIo;
 
 use super::ctx::Ctx;
 use super::tcp;
+use super::watched::Watched;
 use crate::drain::Phase;
 use crate::error::Flags;
+use crate::net::Stream;
 use crate::net::copy::{self, End, First};
 use crate::upstream::AnswerBody;
 
@@ -43,11 +45,19 @@ pub(super) fn spawn(mut ctx: Box<Ctx>, switch: Switch) {
     });
 }
 
+/// The client's stream without what watched its requests, with what the codec had read ahead in front. Always there: only
+/// an HTTP/1 codec of ours switches.
+fn unwatched(client: Upgraded) -> Option<Stream> {
+    let parts = client.downcast::<TokioIo<Watched>>().ok()?;
+    Some(parts.io.into_inner().into_inner().replay(parts.read_buf))
+}
+
 async fn relay(ctx: &mut Ctx, switch: Switch) {
     // Whoever does not come to the switch has gone; the account says so by itself.
     let (Ok(client), Ok(upstream)) = tokio::join!(switch.client, switch.upstream) else { return };
+    let Some(mut client) = unwatched(client) else { return };
     let counters = copy::Counters::default();
-    let (mut client, mut upstream) = (TokioIo::new(client), TokioIo::new(upstream));
+    let mut upstream = TokioIo::new(upstream);
     let end = copy::both(&mut client, &mut upstream, &counters, switch.idle).await;
     ctx.sent = counters.received.into_inner();
     match end {

@@ -10,7 +10,7 @@ use futures_util::FutureExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::sleep;
 
-use super::balance::{Seat, choose};
+use super::balance::{self, Seat, choose};
 use super::{Command, Way, Worker};
 use crate::drain::Phase;
 use crate::net::{self, Stream};
@@ -46,7 +46,7 @@ impl Worker {
             let accepted = tokio::select! {
                 biased;
                 () = drain.reached(end) => break,
-                accepted = socket.accept() => accepted,
+                accepted = self.next(&socket, address) => accepted,
             };
             match accepted {
                 Ok((tcp, peer)) => {
@@ -70,6 +70,17 @@ impl Worker {
             self.take(tcp, peer, address);
         }
         Ok(())
+    }
+
+    /// The next connection, once there is room for it. Who waits waits in the kernel and costs us nothing.
+    async fn next(&self, socket: &TcpListener, address: SocketAddr) -> io::Result<(TcpStream, SocketAddr)> {
+        if balance::is_full(&self.loads, self.connections) {
+            tracing::warn!("accept on {address}: {} connections are open; more have to wait", self.connections);
+            while balance::is_full(&self.loads, self.connections) {
+                sleep(Duration::from_millis(fastrand::u64(BACK_OFF_MS))).await;
+            }
+        }
+        socket.accept().await
     }
 
     /// Serves it here or sends it where there is less to do.

@@ -36,6 +36,11 @@ pub(super) fn choose(loads: &Loads, me: usize) -> usize {
     if mine <= min + min / 8 { me } else { least }
 }
 
+/// Whether all workers together have as many connections as they may.
+pub(super) fn is_full(loads: &Loads, most: usize) -> bool {
+    loads.iter().map(|load| load.active.load(Ordering::Relaxed)).sum::<usize>() >= most
+}
+
 /// A connection's place with its worker; dropping it leaves.
 #[derive(Debug)]
 pub(super) struct Seat {
@@ -84,6 +89,12 @@ mod tests {
         ] {
             assert_eq!(choose(&loads(active), me), chosen, "{active:?}");
         }
+    }
+
+    #[test]
+    fn all_workers_share_one_limit() {
+        assert!(!is_full(&loads(&[3, 4]), 8));
+        assert!(is_full(&loads(&[4, 4]), 8));
     }
 
     #[test]

@@ -184,6 +184,44 @@ pub fn privileged(test: &str) -> bool {
     false
 }
 
+/// Says that the process is inside already.
+const INSIDE: &str = "ISTIO_PROXY_TEST_INSIDE";
+
+/// Runs a test in a network namespace of its own, where every port and address is free; `name` is the test's whole name.
+/// The test executable runs itself again for that. Without the privilege it says so.
+pub fn in_own_network(name: &str, body: impl FnOnce()) {
+    if std::env::var_os(INSIDE).is_some() {
+        run("ip", &["link", "set", "lo", "up"]);
+        return body();
+    }
+    if !privileged(name) {
+        return;
+    }
+    let own = std::env::current_exe().expect("our path");
+    let mut command = Command::new("unshare");
+    command.arg("--net").arg(own).args(["--exact", name, "--nocapture", "--test-threads", "1"]).env(INSIDE, "1");
+    let out = command.output().expect("unshare (package util-linux)");
+    let told = format!("{}\n{}", String::from_utf8_lossy(&out.stdout), String::from_utf8_lossy(&out.stderr));
+    assert!(out.status.success(), "{told}");
+    assert!(told.contains("1 passed"), "no test {name}: {told}");
+    // What it measured, or went without.
+    told.lines().filter(|line| line.starts_with(&format!("{name}: "))).for_each(|line| eprintln!("{line}"));
+}
+
+/// Runs a program that has to succeed.
+pub fn run(program: &str, arguments: &[&str]) {
+    let out = Command::new(program).args(arguments).output().unwrap_or_else(|e| panic!("{program}: {e}"));
+    assert!(out.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&out.stderr));
+}
+
+/// Sends what goes to an address to a port of the sidecar, except what the sidecar itself sends.
+pub fn redirect(address: &str, port: u16, to: u16) {
+    let (port, to) = (port.to_string(), to.to_string());
+    let rule = ["-t", "nat", "-A", "OUTPUT", "-p", "tcp", "-d", address, "--dport", &port];
+    let rest = ["-m", "owner", "!", "--uid-owner", "1337", "-j", "REDIRECT", "--to-ports", &to];
+    run("iptables", &[&rule[..], &rest].concat());
+}
+
 /// One HTTP/1.1 exchange in plain words: what came back, head and body.
 pub fn http(to: SocketAddr, request: &str) -> std::io::Result<String> {
     let mut stream = TcpStream::connect_timeout(&to, LIMIT)?;

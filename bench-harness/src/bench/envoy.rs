@@ -7,9 +7,7 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use super::case::{B, Case, HOSTS, PORT, PRINCIPAL, RULES, Rule, SERVER, host, vip};
-
-const HCM: &str =
-    "type.googleapis.com/envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager";
+use crate::envoy::{Server, address, bootstrap, hcm, options, original_dst, tls_from_clients, tls_to};
 
 /// Writes the configuration of the proxy beside the service, and beside the caller.
 ///
@@ -35,7 +33,7 @@ fn inbound(case: &Case, certs: &Path) -> Value {
         "@type": "type.googleapis.com/envoy.extensions.filters.http.rbac.v3.RBAC", "rules": rules(case)}});
     let mut chain = json!({"filters": [hcm("inbound", &hosts, &[rbac], &http)]});
     if case.mtls {
-        chain["transport_socket"] = tls("Downstream", certs, None, case.h2_inside);
+        chain["transport_socket"] = tls_from_clients(certs);
     }
     let listener = json!({"name": "virtualInbound", "address": address("0.0.0.0", 15006), "filter_chains": [chain],
                           "listener_filters": [original_dst()], "per_connection_buffer_limit_bytes": 32768});
@@ -81,66 +79,20 @@ fn outbound(case: &Case, certs: &Path) -> Value {
 fn service(case: &Case, n: usize, certs: &Path) -> Value {
     let protocol = if case.h2_inside { "http2_protocol_options" } else { "http_protocol_options" };
     let name = format!("svc-{n}");
+    let sni = format!("outbound_.8080_._.{}", host(n));
+    let alpn = if case.h2_inside { "h2" } else { "http/1.1" };
+    let server = Server { sni: &sni, id: &format!("spiffe://{SERVER}"), alpn: &[alpn] };
     json!({"name": name, "type": "STATIC", "lb_policy": "LEAST_REQUEST", "connect_timeout": "10s",
-        "circuit_breakers": breakers(), "transport_socket": tls("Upstream", certs, Some(n), case.h2_inside),
+        "circuit_breakers": breakers(), "transport_socket": tls_to(certs, &server),
         "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": [
             {"endpoint": {"address": address(B, PORT)}}]}]},
         "typed_extension_protocol_options": options(&json!({"explicit_http_config": {protocol: {}}}))})
-}
-
-fn options(protocol: &Value) -> Value {
-    let mut options = protocol.clone();
-    options["@type"] = json!("type.googleapis.com/envoy.extensions.upstreams.http.v3.HttpProtocolOptions");
-    json!({"envoy.extensions.upstreams.http.v3.HttpProtocolOptions": options})
-}
-
-fn address(address: &str, port: u16) -> Value {
-    json!({"socket_address": {"address": address, "port_value": port}})
-}
-
-fn original_dst() -> Value {
-    json!({"name": "envoy.filters.listener.original_dst", "typed_config":
-        {"@type": "type.googleapis.com/envoy.extensions.filters.listener.original_dst.v3.OriginalDst"}})
 }
 
 fn breakers() -> Value {
     let most = u32::MAX;
     json!({"thresholds": [{"max_connections": most, "max_pending_requests": most, "max_requests": most,
                            "max_retries": most}]})
-}
-
-fn hcm(name: &str, hosts: &Value, filters: &[Value], more: &Value) -> Value {
-    let router = json!({"name": "envoy.filters.http.router", "typed_config":
-        {"@type": "type.googleapis.com/envoy.extensions.filters.http.router.v3.Router"}});
-    let filters: Vec<&Value> = filters.iter().chain([&router]).collect();
-    let mut config = json!({"@type": HCM, "stat_prefix": name, "server_name": "istio-envoy", "normalize_path": true,
-        "use_remote_address": false, "http_filters": filters,
-        "route_config": {"name": name, "virtual_hosts": hosts, "validate_clusters": false}});
-    for (key, value) in more.as_object().into_iter().flatten() {
-        config[key] = value.clone();
-    }
-    json!({"name": "envoy.filters.network.http_connection_manager", "typed_config": config})
-}
-
-fn tls(side: &str, certs: &Path, to: Option<usize>, h2: bool) -> Value {
-    let file = |name: &str| json!({"filename": certs.join(name).to_string_lossy()});
-    let mut validation = json!({"trusted_ca": file("root-cert.pem")});
-    let mut alpn = vec!["h2", "http/1.1"];
-    let mut context = json!({"@type":
-        format!("type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.{side}TlsContext")});
-    if let Some(n) = to {
-        validation["match_typed_subject_alt_names"] =
-            json!([{"san_type": "URI", "matcher": {"exact": format!("spiffe://{SERVER}")}}]);
-        context["sni"] = json!(format!("outbound_.8080_._.{}", host(n)));
-        alpn = if h2 { vec!["h2"] } else { vec!["http/1.1"] };
-    } else {
-        context["require_client_certificate"] = json!(true);
-    }
-    context["common_tls_context"] = json!({
-        "tls_params": {"tls_minimum_protocol_version": "TLSv1_2", "tls_maximum_protocol_version": "TLSv1_3"},
-        "tls_certificates": [{"certificate_chain": file("cert-chain.pem"), "private_key": file("key.pem")}],
-        "validation_context": validation, "alpn_protocols": alpn});
-    json!({"name": "envoy.transport_sockets.tls", "typed_config": context})
 }
 
 fn rules(case: &Case) -> Value {
@@ -179,10 +131,4 @@ fn policy(rule: &Rule, mtls: bool) -> Value {
         who.push(json!({"any": true}));
     }
     json!({"permissions": [{"and_rules": {"rules": what}}], "principals": [{"and_ids": {"ids": who}}]})
-}
-
-fn bootstrap(listeners: &Value, clusters: &Value) -> Value {
-    json!({"static_resources": {"listeners": listeners, "clusters": clusters},
-           "layered_runtime": {"layers": [{"name": "static", "static_layer":
-               {"overload.global_downstream_max_connections": 100_000}}]}})
 }

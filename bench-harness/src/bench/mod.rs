@@ -28,7 +28,7 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     proxy: PathBuf,
     /// Envoy: its binary, or the launcher of its Python package.
-    #[arg(long, value_name = "FILE", default_value = "target/venv/bin/envoy")]
+    #[arg(long, value_name = "FILE", default_value = crate::envoy::LAUNCHER)]
     envoy: PathBuf,
     /// Only cases whose name contains this; may be repeated.
     #[arg(long, value_name = "NAME")]
@@ -60,7 +60,7 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<ExitCode> {
     let programs = Programs {
         proxy: args.proxy.clone(),
-        envoy: binary(&args.envoy)?,
+        envoy: crate::envoy::binary(&args.envoy)?,
         seconds: args.seconds,
         connections: args.connections,
     };
@@ -106,20 +106,4 @@ fn measure(case: &Case, programs: &Programs, args: &Args, runs: &mut Vec<Run>) -
 /// Whether a name is asked for; without a wish every one is.
 fn wanted(wishes: &[String], name: &str) -> bool {
     wishes.is_empty() || wishes.iter().any(|wish| name.contains(wish))
-}
-
-/// The program itself: a Python launcher cannot be read by the proxy's user.
-fn binary(envoy: &Path) -> Result<PathBuf> {
-    let start = fs::read(envoy).with_context(|| format!("{} (make bench installs it)", envoy.display()))?;
-    if !start.starts_with(b"#!") {
-        return Ok(envoy.to_owned());
-    }
-    let lib = envoy.parent().and_then(Path::parent).context("a launcher inside a folder")?.join("lib");
-    for entry in fs::read_dir(&lib).with_context(|| format!("cannot read {}", lib.display()))? {
-        let inside = entry?.path().join("site-packages/envoy/_bin/envoy");
-        if inside.exists() {
-            return Ok(inside);
-        }
-    }
-    anyhow::bail!("no Envoy below {}", lib.display())
 }

@@ -6,16 +6,9 @@ use serde_json::Value;
 
 use super::conn::{Conn, Got};
 use super::value::{bytes_at, bytes_of, pairs};
-
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-const DATA: u8 = 0;
-const HEADERS: u8 = 1;
-const RST_STREAM: u8 = 3;
-const SETTINGS: u8 = 4;
-const GOAWAY: u8 = 7;
-const END_STREAM: u8 = 1;
-const ACK: u8 = 1;
-const END_HEADERS: u8 = 4;
+use crate::frames::{
+    ACK, DATA, END_HEADERS, END_STREAM, GOAWAY, HEADERS, PREFACE, RST_STREAM, SETTINGS, block, frame, take,
+};
 
 /// What became of a request that breaks the protocol.
 #[derive(Debug, Clone, Default)]
@@ -58,7 +51,7 @@ pub(super) async fn send(conn: &mut Conn, request: &Value, limit: Duration) -> R
     frame(&mut out, SETTINGS, 0, 0, &[]);
     let body = bytes_at(request, "data");
     let flags = END_HEADERS | if body.is_none() { END_STREAM } else { 0 };
-    frame(&mut out, HEADERS, flags, 1, &block(&pairs(&request["headers"])));
+    frame(&mut out, HEADERS, flags, 1, &block_of(request));
     if let Some(body) = body {
         frame(&mut out, DATA, END_STREAM, 1, &body);
     }
@@ -95,56 +88,19 @@ pub(super) fn goaway(last: u64, code: Option<u64>) -> Vec<u8> {
     out
 }
 
+fn block_of(request: &Value) -> Vec<u8> {
+    let headers: Vec<_> = pairs(&request["headers"]).into_iter().map(|(n, v)| (n, bytes_of(&v))).collect();
+    block(headers.iter().map(|(name, value)| (name.as_bytes(), &value[..])))
+}
+
 fn take_frames(seen: &mut Vec<u8>, refusal: &mut Refusal) {
-    while seen.len() >= 9 {
-        let length = usize::from(seen[0]) << 16 | usize::from(seen[1]) << 8 | usize::from(seen[2]);
-        if seen.len() < 9 + length {
-            return;
-        }
-        let (kind, flags) = (seen[3], seen[4]);
-        let payload: Vec<u8> = seen.drain(..9 + length).skip(9).collect();
-        let word = |at: usize| payload.get(at..at + 4).map(|b| u32::from_be_bytes([b[0], b[1], b[2], b[3]]));
-        match kind {
+    while let Some(frame) = take(seen) {
+        match frame.kind {
             HEADERS => refusal.answered = true,
-            RST_STREAM => refusal.reset = word(0),
-            GOAWAY => refusal.goaway = word(4),
-            SETTINGS if flags & ACK == 0 => {}
+            RST_STREAM => refusal.reset = frame.word(0),
+            GOAWAY => refusal.goaway = frame.word(4),
+            SETTINGS if frame.flags & ACK == 0 => {}
             _ => {}
         }
     }
-}
-
-fn frame(out: &mut Vec<u8>, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
-    let length = u32::try_from(payload.len()).unwrap_or_default().to_be_bytes();
-    out.extend_from_slice(&length[1..]);
-    out.extend_from_slice(&[kind, flags]);
-    out.extend_from_slice(&stream.to_be_bytes());
-    out.extend_from_slice(payload);
-}
-
-/// Headers as literals that nobody indexes, without compression.
-fn block(headers: &[(String, String)]) -> Vec<u8> {
-    let mut out = Vec::new();
-    for (name, value) in headers {
-        out.push(0);
-        string(&mut out, name.as_bytes());
-        string(&mut out, &bytes_of(value));
-    }
-    out
-}
-
-fn string(out: &mut Vec<u8>, bytes: &[u8]) {
-    const PREFIX: usize = 127;
-    if bytes.len() < PREFIX {
-        out.push(u8::try_from(bytes.len()).unwrap_or_default());
-    } else {
-        out.push(127);
-        let mut rest = bytes.len() - PREFIX;
-        while rest >= 128 {
-            out.push(u8::try_from(rest % 128).unwrap_or_default() | 128);
-            rest /= 128;
-        }
-        out.push(u8::try_from(rest).unwrap_or_default());
-    }
-    out.extend_from_slice(bytes);
 }

@@ -1,0 +1,75 @@
+//! Very many connections.
+
+use std::io::{Read, Write};
+use std::net::TcpStream;
+use std::time::Duration;
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use super::support::{LIMIT, wait_for};
+use super::world::{SERVICE, connect, hostile, inside_with};
+
+/// What an idle connection may take of the proxy, debug build, allocator and all.
+const MOST_BYTES: u64 = 24 << 10;
+
+const NAME: &str = "crowd::ten_thousand_idle_connections";
+
+/// A connection that was served once.
+fn served() -> TcpStream {
+    let mut stream = connect(SERVICE);
+    stream.write_all(b"GET /honest HTTP/1.1\r\nhost: web.shop\r\n\r\n").expect("sent");
+    let mut answer = Vec::new();
+    while !answer.ends_with(b"\r\n\r\nok") {
+        let mut buffer = [0; 1024];
+        let n = stream.read(&mut buffer).expect("an answer");
+        assert!(n > 0, "{}", String::from_utf8_lossy(&answer));
+        answer.extend_from_slice(&buffer[..n]);
+    }
+    stream
+}
+
+hostile! {
+    /// 10,000 idle connections, or as many as this system lets a process have.
+    fn ten_thousand_idle_connections(world) {
+        let limit = getrlimit(Resource::Nofile);
+        setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).expect("up to the hard limit");
+        // The proxy keeps some for upstreams and itself, we for the application.
+        let files = limit.maximum.unwrap_or(u64::MAX);
+        let many = files.saturating_sub(1_000).min(20_000) / 2;
+        let many = many.min(10_000);
+        if many < 10_000 {
+            eprintln!("{NAME}: only {many} connections: a process may have {files} files here");
+        }
+        world.may_grow(many * MOST_BYTES);
+        let open: Vec<TcpStream> = (0..many).map(|_| served()).collect();
+        world.all_is_well();
+        eprintln!("{NAME}: {many} idle connections: {} bytes each", world.grown() / many.max(1));
+        drop(open);
+    }
+}
+
+/// CVE-2020-8663: a crowd that needs more file descriptors than there are. The proxy stops accepting, keeps what it needs
+/// for upstreams, and goes on when some have left.
+#[test]
+fn more_connections_than_files() {
+    inside_with("crowd::more_connections_than_files", Some(256), |world| {
+        let mut crowd: Vec<TcpStream> = Vec::new();
+        // The kernel completes connections that nobody has accepted.
+        for _ in 0..600 {
+            let mut stream = connect(SERVICE);
+            stream.set_read_timeout(Some(Duration::from_millis(1))).expect("a socket");
+            stream.write_all(b"GET /honest HTTP/1.1\r\nhost: web.shop\r\n\r\n").expect("sent");
+            crowd.push(stream);
+        }
+        world.all_is_well();
+        let answered =
+            |crowd: &mut Vec<TcpStream>| crowd.iter().filter(|s| s.peek(&mut [0]).is_ok_and(|n| n > 0)).count();
+        wait_for("some are served", LIMIT, || answered(&mut crowd) > 100).expect("as many as fit");
+        let fit = answered(&mut crowd);
+        assert!(fit < 256, "{fit} of 256 files");
+        // Those who were served make room for the others.
+        crowd.retain(|stream| !stream.peek(&mut [0]).is_ok_and(|n| n > 0));
+        wait_for("others are served", LIMIT, || answered(&mut crowd) > 50).expect("there is room again");
+        crowd.clear();
+    });
+}
