@@ -34,6 +34,11 @@ const STREAM_WINDOW: u32 = 256 * 1024;
 /// Credit of a connection: several busy streams.
 const CONNECTION_WINDOW: u32 = 1024 * 1024;
 
+/// What one HTTP/1 connection may hold of a response that its client does not read, and of a request that the upstream does
+/// not take, bytes each. Less and large bodies cost more system calls; the library's own 400 KiB lets a crowd of slow
+/// clients take a megabyte each.
+const MAX_BUFFER: usize = 64 * 1024;
+
 /// HTTP/2 peers are told to go within this time of the goodbye's beginning, not all at the same moment.
 const SPREAD: Duration = Duration::from_secs(1);
 
@@ -187,6 +192,7 @@ fn http1(options: &HttpOptions, eof: bool) -> http1::Builder {
         .allow_multiple_spaces_in_request_line_delimiters(true)
         .max_headers(MAX_HEADERS)
         .max_header_size(options.max_request_headers as usize)
+        .max_buf_size(MAX_BUFFER.max(options.max_request_headers as usize))
         // The library's limit would also run while a kept connection is idle; ours begins with the first byte.
         .header_read_timeout(None);
     builder

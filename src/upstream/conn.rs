@@ -303,11 +303,16 @@ pub(super) async fn establish(
     builder
         .preserve_header_case(pool.place.config.http.preserve_header_case)
         .max_headers(MAX_HEADERS)
+        .max_buf_size(MAX_BUFFER)
         .allow_obsolete_multiline_headers_in_responses(true);
     let (sender, conn) = builder.handshake(io).await.map_err(broken)?;
     tokio::spawn(drive(conn.with_upgrades(), Arc::clone(&line), Arc::downgrade(pool)));
     Ok((Sender::H1(sender), line))
 }
+
+/// What one connection may hold of a response that its client does not take, bytes; response heads have to fit. The
+/// library's own 400 KiB would let a crowd of slow readers take a megabyte each.
+const MAX_BUFFER: usize = 128 * 1024;
 
 /// What HTTP offers where the cluster names no protocols: its version's own. (A relayed connection offers nothing then.)
 fn unsaid(place: &Place, h2: bool) -> Option<&'static [String]> {

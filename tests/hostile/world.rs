@@ -75,7 +75,7 @@ pub(crate) struct World {
     seen: Arc<Mutex<Vec<String>>>,
     before: u64,
     growth: u64,
-    dir: tempfile::TempDir,
+    _dir: tempfile::TempDir,
 }
 
 impl World {
@@ -113,7 +113,7 @@ impl World {
         let honest = Honest::start();
         honest.go_on();
         let before = proxy.resident_bytes();
-        Self { proxy, honest, seen, before, growth: GROWTH, dir }
+        Self { proxy, honest, seen, before, growth: GROWTH, _dir: dir }
     }
 
     /// Lets the attack leave or hold so many bytes.
@@ -137,11 +137,6 @@ impl World {
     /// Heads and bodies that the application has seen, without those of the honest client.
     pub(crate) fn seen(&self) -> Vec<String> {
         self.seen.lock().expect("no panic").clone()
-    }
-
-    /// A client certificate of the mesh.
-    pub(crate) fn certs(&self) -> std::path::PathBuf {
-        self.dir.path().join("web")
     }
 
     fn end(mut self) {
