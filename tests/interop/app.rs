@@ -3,10 +3,11 @@
 use std::convert::Infallible;
 
 use bytes::Bytes;
+use futures_util::stream;
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode};
 use http_body_util::combinators::BoxBody;
-use http_body_util::{BodyExt, Full};
-use hyper::body::Incoming;
+use http_body_util::{BodyExt, Full, StreamBody};
+use hyper::body::{Frame, Incoming};
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -83,12 +84,10 @@ async fn answer(mut request: Request<Incoming>) -> Result<Response<Body>, Infall
 /// Sends the message back, status in trailers.
 async fn grpc(request: Request<Incoming>) -> Response<Body> {
     let message = request.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
-    let trailers = async {
-        let mut trailers = HeaderMap::new();
-        trailers.insert("grpc-status", HeaderValue::from_static("0"));
-        Some(Ok(trailers))
-    };
-    let body = Full::new(message).map_err(|never: Infallible| match never {}).with_trailers(trailers).boxed();
+    let mut trailers = HeaderMap::new();
+    trailers.insert("grpc-status", HeaderValue::from_static("0"));
+    // No length is known, as servers of gRPC have it: curl stops listening at the last byte of one.
+    let body = StreamBody::new(stream::iter([Ok(Frame::data(message)), Ok(Frame::trailers(trailers))])).boxed();
     let mut response = Response::new(body);
     response.headers_mut().insert("content-type", HeaderValue::from_static("application/grpc"));
     response
