@@ -71,6 +71,11 @@ impl Heads {
         matches!(self.at, At::Line | At::Name(_) | At::Length)
     }
 
+    /// Whether the last request has come whole and no other has begun.
+    pub fn is_between(&self) -> bool {
+        self.at == At::Start
+    }
+
     /// Takes some of the bytes, which are not empty; how many.
     fn step(&mut self, bytes: &mut [u8]) -> usize {
         let first = bytes[0];
@@ -255,7 +260,10 @@ mod tests {
             ("GET / HTTP/1.1\r\ncontent-length: 9\r\n\r\nabc", false),
             ("GET / HTTP/1.1\r\n\r\nG", true),
         ] {
-            assert_eq!(fed(text, usize::MAX).1.is_inside(), inside, "{text:?}");
+            let (_, heads) = fed(text, usize::MAX);
+            assert_eq!(heads.is_inside(), inside, "{text:?}");
+            // A body is neither.
+            assert_eq!(heads.is_between(), !inside && !text.ends_with("abc"), "{text:?}");
         }
     }
 

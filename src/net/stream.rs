@@ -45,7 +45,12 @@ impl Stream {
         if prefix.is_empty() {
             return self;
         }
-        Self::Prefixed(Box::new(Prefixed { prefix, inner: self }))
+        // A stream may be looked at many times in its life; what was replayed before goes.
+        let inner = match self {
+            Self::Prefixed(read) if read.prefix.is_empty() => read.inner,
+            other => other,
+        };
+        Self::Prefixed(Box::new(Prefixed { prefix, inner }))
     }
 
     /// The plain socket below, if the stream is not encrypted.

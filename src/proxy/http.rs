@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crossbeam_utils::CachePadded;
 use http::{HeaderValue, Version};
-use hyper::server::conn::{http1, http2};
+use hyper::server::conn::http2;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::time::{Instant, sleep_until, timeout};
@@ -17,7 +17,7 @@ use super::headers::Origin;
 use super::live::{Counts, Live};
 use super::quiet::Quiet;
 use super::watched::{HEAD_LIMIT, Watched};
-use super::{request, xfcc};
+use super::{http1, request, xfcc};
 use crate::drain::{Phase, Watch};
 use crate::error::{Flags, Kind};
 use crate::net::sniff::{Codec, read_codec};
@@ -26,7 +26,7 @@ use crate::snapshot::{Chain, HttpChain, HttpFilter, HttpOptions};
 use crate::telemetry::{AccessLogs, HttpMetrics, RecordKind};
 
 /// Header lines of a request, as Envoy's default.
-const MAX_HEADERS: usize = 100;
+pub(super) const MAX_HEADERS: usize = 100;
 /// Streams of one HTTP/2 connection at a time, as Envoy's default.
 const MAX_STREAMS: u32 = 1024;
 /// Credit of a stream: enough for 10 Gbit/s at 200 µs, and what one slow reader may make us hold.
@@ -37,7 +37,10 @@ const CONNECTION_WINDOW: u32 = 1024 * 1024;
 /// What one HTTP/1 connection may hold of a response that its client does not read, and of a request that the upstream does
 /// not take, bytes each. Less and large bodies cost more system calls; the library's own 400 KiB lets a crowd of slow
 /// clients take a megabyte each.
-const MAX_BUFFER: usize = 64 * 1024;
+pub(super) const MAX_BUFFER: usize = 64 * 1024;
+
+/// Silence after which an HTTP/1 connection's codec is taken away: longer than the pause between requests of a busy client.
+const PAUSE: Duration = Duration::from_secs(2);
 
 /// HTTP/2 peers are told to go within this time of the goodbye's beginning, not all at the same moment.
 const SPREAD: Duration = Duration::from_secs(1);
@@ -62,12 +65,25 @@ pub(super) struct HttpConn {
 
 /// Why a connection is asked to end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Goodbye {
+pub(super) enum Goodbye {
     Leaving,
     Idle,
     Old,
+    /// Not the end, only a pause.
+    Silent,
     /// Its chain is gone, or is not to be used.
     Outdated,
+}
+
+impl Goodbye {
+    pub(super) fn count(self, metrics: &HttpMetrics) {
+        match self {
+            Self::Leaving | Self::Outdated => metrics.cx_drain_close.inc(),
+            Self::Idle => metrics.cx_idle_timeout.inc(),
+            Self::Old => metrics.cx_max_duration.inc(),
+            Self::Silent => {}
+        }
+    }
 }
 
 impl HttpConn {
@@ -131,28 +147,36 @@ pub(super) async fn serve(stream: Stream, conn: Arc<Conn>, chain: &Arc<HttpChain
     let live = Arc::new(Live::new(conn, chain));
     let http = live.first();
     let Some((codec, stream)) = Box::pin(codec(stream, http)).await else { return };
-    let service = {
-        let live = Arc::clone(&live);
-        service_fn(move |request| request::handle(live.now(), request))
-    };
     let ended = match codec {
         Codec::Http1 => {
             http.metrics.cx_http1_total.inc();
-            let builder = http1(&http.chain.options, http.conn.eof);
-            let io = TokioIo::new(watched(stream, codec, http));
-            let connection = Box::pin(builder.serve_connection(io, service).with_upgrades());
-            drive(connection, |connection| connection.graceful_shutdown(), &live, codec).await
+            http1::serve(stream, &live).await
         }
         Codec::Http2 => {
             http.metrics.cx_http2_total.inc();
-            let turn = Turn::default();
-            let io = TokioIo::new(Gather::new(watched(stream, codec, http), turn.clone()));
-            let connection = Box::pin(turn.count(http2(&http.chain.options).serve_connection(io, service)));
-            drive(connection, |connection| connection.inner().graceful_shutdown(), &live, codec).await
+            serve_http2(stream, &live).await
         }
     };
     if let Err(error) = ended {
         note_error(http, &error);
+    }
+}
+
+async fn serve_http2(stream: Stream, live: &Arc<Live>) -> Served {
+    let http = live.first();
+    let service = {
+        let live = Arc::clone(live);
+        service_fn(move |request| request::handle(live.now(), request))
+    };
+    let options = &http.chain.options;
+    let watched = Watched::new(stream, Codec::Http2, options.request_headers_timeout, &http.counts);
+    let turn = Turn::default();
+    let io = TokioIo::new(Gather::new(watched, turn.clone()));
+    let mut connection = Box::pin(turn.count(http2(options).serve_connection(io, service)));
+    match drive(&mut connection, |connection| connection.inner().graceful_shutdown(), live, Codec::Http2).await {
+        Driven::Ended(served) => served,
+        // Asked of HTTP/1 only.
+        Driven::Silent => Ok(()),
     }
 }
 
@@ -176,26 +200,14 @@ async fn codec(stream: Stream, http: &HttpConn) -> Option<(Codec, Stream)> {
     }
 }
 
-fn watched(stream: Stream, codec: Codec, http: &HttpConn) -> Watched {
-    Watched::new(stream, codec, http.chain.options.request_headers_timeout, &http.counts)
-}
+pub(super) type Served = hyper::Result<()>;
 
-type Served = hyper::Result<()>;
-
-/// `eof`: the client had said everything before we looked.
-fn http1(options: &HttpOptions, eof: bool) -> http1::Builder {
-    let mut builder = http1::Builder::new();
-    builder
-        // Otherwise a client that closes its side has gone.
-        .half_close(eof)
-        .preserve_header_case(options.preserve_header_case)
-        .allow_multiple_spaces_in_request_line_delimiters(true)
-        .max_headers(MAX_HEADERS)
-        .max_header_size(options.max_request_headers as usize)
-        .max_buf_size(MAX_BUFFER.max(options.max_request_headers as usize))
-        // The library's limit would also run while a kept connection is idle; ours begins with the first byte.
-        .header_read_timeout(None);
-    builder
+/// What came of a connection.
+pub(super) enum Driven {
+    /// Its end.
+    Ended(Served),
+    /// It has been at rest for a while.
+    Silent,
 }
 
 fn http2(options: &HttpOptions) -> http2::Builder<TokioExecutor> {
@@ -216,35 +228,40 @@ fn http2(options: &HttpOptions) -> http2::Builder<TokioExecutor> {
 }
 
 /// Runs a connection until it ends, or until it has to and its grace is over.
-async fn drive<C>(mut connection: Pin<Box<C>>, say_goodbye: fn(Pin<&mut C>), live: &Live, codec: Codec) -> Served
+pub(super) async fn drive<C>(
+    connection: &mut Pin<Box<C>>,
+    say_goodbye: fn(Pin<&mut C>),
+    live: &Live,
+    codec: Codec,
+) -> Driven
 where
     C: Future<Output = Served>,
 {
     let http = live.first();
     let mut drain = http.conn.env.drain.clone();
+    let pause = Some(PAUSE).filter(|_| codec == Codec::Http1 && !http.conn.eof);
     let goodbye = tokio::select! {
         biased;
-        ended = connection.as_mut() => return ended,
-        goodbye = Quiet::new(until_goodbye(live, &mut drain, codec)) => goodbye,
+        ended = connection.as_mut() => return Driven::Ended(ended),
+        goodbye = Quiet::new(until_goodbye(live, &mut drain, codec, pause)) => goodbye,
     };
-    match goodbye {
-        Goodbye::Leaving | Goodbye::Outdated => http.metrics.cx_drain_close.inc(),
-        Goodbye::Idle => http.metrics.cx_idle_timeout.inc(),
-        Goodbye::Old => http.metrics.cx_max_duration.inc(),
+    if goodbye == Goodbye::Silent {
+        return Driven::Silent;
     }
+    goodbye.count(&http.metrics);
     say_goodbye(connection.as_mut());
     let grace = Instant::now() + http.chain.options.drain_timeout;
-    tokio::select! {
+    Driven::Ended(tokio::select! {
         biased;
         ended = connection.as_mut() => ended,
         () = drain.reached(Phase::Gone) => Ok(()),
         // Whoever was idle before has nothing to finish, and may never answer.
         () = sleep_until(grace), if matches!(goodbye, Goodbye::Old | Goodbye::Idle) => Ok(()),
-    }
+    })
 }
 
-/// Waits for a reason to end the connection.
-async fn until_goodbye(live: &Live, drain: &mut Watch, codec: Codec) -> Goodbye {
+/// Waits for a reason to end the connection, or for so long a pause.
+pub(super) async fn until_goodbye(live: &Live, drain: &mut Watch, codec: Codec, pause: Option<Duration>) -> Goodbye {
     let mut views = live.first().conn.env.view.subscribe();
     // What changed before we listened was not looked at yet.
     views.mark_changed();
@@ -256,7 +273,8 @@ async fn until_goodbye(live: &Live, drain: &mut Watch, codec: Codec) -> Goodbye 
         let (options, start) = (&http.chain.options, http.conn.start);
         let oldest = options.max_connection_duration.map(|limit| start + limit);
         let idle = options.idle_timeout.map(|limit| http.counts.idle_deadline(start, limit));
-        let next = [idle, oldest].into_iter().flatten().min();
+        let silent = pause.map(|pause| http.counts.rest_deadline(start, pause));
+        let next = [idle, oldest, silent].into_iter().flatten().min();
         tokio::select! {
             () = leaving(drain, codec) => return Goodbye::Leaving,
             Ok(()) = views.changed() => continue,
@@ -268,6 +286,9 @@ async fn until_goodbye(live: &Live, drain: &mut Watch, codec: Codec) -> Goodbye 
         }
         if options.idle_timeout.is_some_and(|limit| http.counts.idle_deadline(start, limit) <= now) {
             return Goodbye::Idle;
+        }
+        if pause.is_some_and(|pause| http.counts.rest_deadline(start, pause) <= now) {
+            return Goodbye::Silent;
         }
     }
 }

@@ -64,6 +64,8 @@ pub(super) struct Counts {
     barred: AtomicBool,
     /// Requests whose client went away at once.
     hasty: AtomicU32,
+    /// Nothing is half read or half written.
+    at_rest: AtomicBool,
 }
 
 /// As many requests are looked at before a client is judged by how many it gives up.
@@ -81,7 +83,18 @@ impl Counts {
             outdated: AtomicBool::new(false),
             barred: AtomicBool::new(false),
             hasty: AtomicU32::new(0),
+            at_rest: AtomicBool::new(true),
         }
+    }
+
+    /// Says whether nothing is half read or half written.
+    pub(super) fn rest(&self, is: bool) {
+        self.at_rest.store(is, Ordering::Relaxed);
+    }
+
+    /// When a connection that began at `start` will have been at rest for so long, as far as can be told now.
+    pub(super) fn rest_deadline(&self, start: Instant, pause: Duration) -> Instant {
+        if self.at_rest.load(Ordering::Relaxed) { self.idle_deadline(start, pause) } else { Instant::now() + pause }
     }
 
     /// The client gave up a request right after it had made it, before it was answered.

@@ -21,6 +21,7 @@ mod hash;
 mod head;
 mod headers;
 mod http;
+mod http1;
 mod jwt;
 mod limits;
 mod live;

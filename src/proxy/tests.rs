@@ -906,6 +906,52 @@ async fn whoever_gives_up_all_requests_is_cut_off() {
     assert!(honest.is_ready());
 }
 
+#[tokio::test]
+async fn a_pause_ends_nothing() {
+    let app = App::start(OK, false).await;
+    let mesh = Mesh::http(&app, vec![forward("/")], Vec::new());
+    let mut client = mesh.connect();
+    for _ in 0..3 {
+        client.get("/a", "ok\n").await;
+        tokio::time::pause();
+        // The codec is gone after this.
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        tokio::time::resume();
+        // The same in the middle of a head: it goes on where it was.
+        client.send("GET /b HTTP/1.1\r\nho").await;
+        tokio::time::pause();
+        tokio::time::sleep(Duration::from_secs(10)).await;
+        tokio::time::resume();
+        client.send("st: a\r\n\r\n").await;
+        client.until("ok\n").await;
+    }
+    assert_eq!(app.heads().len(), 6);
+    tokio::time::pause();
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    tokio::time::resume();
+    mesh.drain.enter(Phase::Closing);
+    assert_eq!(client.rest().await, "");
+    client.task.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_body_that_pauses_is_no_request() {
+    // Answers before it has the body.
+    let app = App::start(OK, false).await;
+    let mesh = Mesh::http(&app, vec![forward("/")], Vec::new());
+    let mut client = mesh.connect();
+    client.send("POST /first HTTP/1.1\r\nhost: a\r\ncontent-length: 200\r\n\r\n").await;
+    client.until("ok\n").await;
+    tokio::time::pause();
+    tokio::time::sleep(Duration::from_secs(10)).await;
+    tokio::time::resume();
+    // It may be cut off; it must not be heard.
+    let _ = client.stream.write_all(b"GET /smuggled HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    let mut rest = Vec::new();
+    let _ = tokio::time::timeout(Duration::from_secs(1), client.stream.read_to_end(&mut rest)).await;
+    assert!(!String::from_utf8_lossy(&rest).contains("HTTP/1.1"), "{}", String::from_utf8_lossy(&rest));
+}
+
 /// Sizes that many connections and requests are multiplied with.
 #[test]
 fn futures_stay_small() {

@@ -22,13 +22,16 @@ pub(super) const HEAD_LIMIT: Duration = Duration::from_secs(60);
 enum Watch {
     Http1(Heads),
     /// Boxed: HTTP/1 connections are the many.
-    Http2(Box<(Frames, Arc<Counts>)>),
+    Http2(Box<Frames>),
 }
 
 /// The stream. Reading fails when the client is to be cut off.
 pub(super) struct Watched {
     inner: Stream,
     watch: Watch,
+    counts: Arc<Counts>,
+    /// Something was written and is not known to be flushed.
+    unflushed: bool,
     limit: Duration,
     /// Runs while a head is unfinished, which is rarely seen: most heads come in one piece.
     timer: Option<Pin<Box<Sleep>>>,
@@ -39,9 +42,10 @@ impl Watched {
     pub(super) fn new(inner: Stream, codec: Codec, limit: Option<Duration>, counts: &Arc<Counts>) -> Self {
         let watch = match codec {
             Codec::Http1 => Watch::Http1(Heads::default()),
-            Codec::Http2 => Watch::Http2(Box::new((Frames::new(Instant::now()), Arc::clone(counts)))),
+            Codec::Http2 => Watch::Http2(Box::new(Frames::new(Instant::now()))),
         };
-        Self { inner, watch, limit: limit.unwrap_or(HEAD_LIMIT), timer: None }
+        let counts = Arc::clone(counts);
+        Self { inner, watch, counts, unflushed: false, limit: limit.unwrap_or(HEAD_LIMIT), timer: None }
     }
 
     /// The stream below, once it speaks something else.
@@ -55,12 +59,11 @@ impl Watched {
                 heads.feed(bytes);
                 heads.is_inside()
             }
-            Watch::Http2(both) => {
-                let (frames, counts) = &mut **both;
+            Watch::Http2(frames) => {
                 if frames.feed(bytes, Instant::now()).is_err() {
                     return Err(io::Error::other("the client floods us with control frames"));
                 }
-                if counts.is_flooded() {
+                if self.counts.is_flooded() {
                     return Err(io::Error::other("the client resets its requests as fast as it makes them"));
                 }
                 frames.is_inside()
@@ -71,7 +74,20 @@ impl Watched {
             (true, None) => self.timer = Some(Box::pin(sleep(self.limit))),
             _ => {}
         }
+        self.tell_rest();
         Ok(())
+    }
+
+    /// A request whose body is still to come is no rest, whatever became of its answer.
+    fn tell_rest(&self) {
+        let between = matches!(&self.watch, Watch::Http1(heads) if heads.is_between());
+        self.counts.rest(between && !self.unflushed);
+    }
+
+    /// Something is about to be written.
+    fn unflushed(&mut self) {
+        self.unflushed = true;
+        self.tell_rest();
     }
 }
 
@@ -92,6 +108,7 @@ impl AsyncRead for Watched {
 
 impl AsyncWrite for Watched {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
+        self.unflushed();
         let written = ready!(Pin::new(&mut self.inner).poll_write(cx, buf));
         self.note(&written);
         Poll::Ready(written)
@@ -102,6 +119,7 @@ impl AsyncWrite for Watched {
         cx: &mut Context<'_>,
         bufs: &[IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        self.unflushed();
         let written = ready!(Pin::new(&mut self.inner).poll_write_vectored(cx, bufs));
         self.note(&written);
         Poll::Ready(written)
@@ -112,7 +130,11 @@ impl AsyncWrite for Watched {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_flush(cx)
+        // The codec flushes when it has nothing left to write.
+        ready!(Pin::new(&mut self.inner).poll_flush(cx))?;
+        self.unflushed = false;
+        self.tell_rest();
+        Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -122,8 +144,8 @@ impl AsyncWrite for Watched {
 
 impl Watched {
     fn note(&mut self, written: &io::Result<usize>) {
-        if let (Watch::Http2(both), Ok(bytes)) = (&mut self.watch, written) {
-            both.0.sent(*bytes);
+        if let (Watch::Http2(frames), Ok(bytes)) = (&mut self.watch, written) {
+            frames.sent(*bytes);
         }
     }
 }
