@@ -30,18 +30,21 @@ const STOP: u8 = 2;
 /// Longest latency told apart, microseconds.
 const LONGEST_US: u64 = 60_000_000;
 
+/// What a sidecar would ask for.
+pub(super) const SERVER_NAME: &str = "outbound_.8080_._.payment.apps.svc.cluster.local";
+
 /// Flags of `bench-load`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct Args {
     /// Where to connect.
     #[arg(long, value_name = "ADDRESS:PORT")]
-    target: SocketAddr,
+    pub(super) target: SocketAddr,
     /// Host header.
     #[arg(long)]
-    host: String,
+    pub(super) host: String,
     /// Connections, each with one request at a time.
     #[arg(long, default_value_t = 65)]
-    connections: usize,
+    pub(super) connections: usize,
     /// Seconds before anything counts.
     #[arg(long, default_value_t = 1.0)]
     warm: f64,
@@ -53,7 +56,10 @@ pub struct Args {
     certs: Option<PathBuf>,
     /// Process whose CPU time is read; may be repeated.
     #[arg(long)]
-    pid: Vec<u32>,
+    pub(super) pid: Vec<u32>,
+    /// Open the connections, be silent, and read memory instead.
+    #[arg(long)]
+    hold: bool,
 }
 
 /// What was measured.
@@ -80,6 +86,10 @@ pub(super) struct Measured {
 pub fn run(args: &Args) -> Result<ExitCode> {
     let tls = args.certs.as_deref().map(connector).transpose()?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    if args.hold {
+        println!("{}", serde_json::to_string(&runtime.block_on(super::idle::hold(args, tls))?)?);
+        return Ok(ExitCode::SUCCESS);
+    }
     let measured = runtime.block_on(measure(args, tls))?;
     println!("{}", serde_json::to_string(&measured)?);
     Ok(ExitCode::SUCCESS)
@@ -87,7 +97,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 
 async fn measure(args: &Args, tls: Option<TlsConnector>) -> Result<Measured> {
     let phase = Arc::new(AtomicU8::new(WARM));
-    let request = Arc::new(request(&args.host));
+    let request = request(&args.host);
     let tasks: Vec<_> = (0..args.connections)
         .map(|_| tokio::spawn(client(args.target, tls.clone(), Arc::clone(&request), Arc::clone(&phase))))
         .collect();
@@ -117,14 +127,14 @@ async fn measure(args: &Args, tls: Option<TlsConnector>) -> Result<Measured> {
 }
 
 /// About 330 bytes with eight headers, as a browser of modest manners sends.
-fn request(host: &str) -> Vec<u8> {
-    format!(
+pub(super) fn request(host: &str) -> Arc<Vec<u8>> {
+    let said = format!(
         "GET /api/v2/orders/17?page=2 HTTP/1.1\r\nhost: {host}\r\nuser-agent: bench-harness/1.0 (x86_64; linux)\r\n\
          accept: application/json, text/plain, */*\r\naccept-language: en-GB,en;q=0.8\r\nx-tenant: bench\r\n\
          x-trace-hint: 5c1f6a2e9d7b4830a1c2e3f405162738\r\ncookie: session=0123456789abcdef0123456789abcdef\r\n\
          cache-control: no-cache\r\n\r\n"
-    )
-    .into_bytes()
+    );
+    Arc::new(said.into_bytes())
 }
 
 struct Tally {
@@ -166,7 +176,7 @@ async fn connection(
     let socket = TcpStream::connect(target).await?;
     socket.set_nodelay(true)?;
     let Some(tls) = tls else { return exchange(socket, request, phase, tally).await };
-    let name = ServerName::try_from("outbound_.8080_._.payment.apps.svc.cluster.local")?;
+    let name = ServerName::try_from(SERVER_NAME)?;
     exchange(tls.connect(name, socket).await?, request, phase, tally).await
 }
 
@@ -197,7 +207,7 @@ async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
 }
 
 /// Reads one answer; its status.
-async fn answer<S: AsyncRead + Unpin>(stream: &mut S, buffer: &mut [u8]) -> Result<u16> {
+pub(super) async fn answer<S: AsyncRead + Unpin>(stream: &mut S, buffer: &mut [u8]) -> Result<u16> {
     let mut filled = 0;
     let mut whole = None;
     loop {

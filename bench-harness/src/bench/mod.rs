@@ -4,13 +4,14 @@ mod backend;
 mod case;
 mod envoy;
 mod haproxy;
+mod idle;
 mod load;
 mod own;
 mod rig;
 mod table;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result, ensure};
@@ -45,6 +46,9 @@ pub struct Args {
     /// Connections of the load, each with one request at a time.
     #[arg(long, default_value_t = 65)]
     connections: usize,
+    /// Silent connections that are held to see what each takes (cases idle-clear, idle-mtls).
+    #[arg(long, default_value_t = 10_000)]
+    idle: usize,
     /// Every run as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -68,13 +72,14 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     for case in CASES.iter().filter(|case| wanted(&args.case, case.name)) {
         measure(case, &programs, args, &mut runs)?;
     }
-    ensure!(!runs.is_empty(), "no case of that name");
+    let held = hold(&programs, args)?;
+    ensure!(!runs.is_empty() || !held.is_empty(), "no case of that name");
     let rss = Rig::new(&CASES[0], &programs)?.rss_empty()?;
     let rows = table::rows(&runs);
-    print!("{}", table::text(&rows));
+    print!("{}{}", table::text(&rows), idle::text(&held));
     println!("RSS empty: {:.1} MB", table::megabytes(rss));
     if let Some(file) = &args.json {
-        let all = serde_json::json!({"rss_empty_bytes": rss, "rows": rows, "runs": runs});
+        let all = serde_json::json!({"rss_empty_bytes": rss, "rows": rows, "runs": runs, "idle": held});
         fs::write(file, serde_json::to_vec_pretty(&all)?)
             .with_context(|| format!("cannot write {}", file.display()))?;
     }
@@ -101,6 +106,20 @@ fn measure(case: &Case, programs: &Programs, args: &Args, runs: &mut Vec<Run>) -
         peers.reverse();
     }
     Ok(())
+}
+
+/// What silent connections take.
+fn hold(programs: &Programs, args: &Args) -> Result<Vec<idle::Idle>> {
+    let mut all = Vec::new();
+    for (case, base) in idle::CASES.iter().filter(|(name, _)| args.idle > 0 && wanted(&args.case, name)) {
+        let rig = Rig::new(&CASES[*base], programs)?;
+        for peer in [Peer::Envoy, Peer::IstioProxy, Peer::Haproxy] {
+            if wanted(&args.peer, &format!("{peer:?}").to_lowercase()) {
+                all.push(idle::Idle { case, peer, held: rig.hold(peer, args.idle)? });
+            }
+        }
+    }
+    Ok(all)
 }
 
 /// Whether a name is asked for; without a wish every one is.

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
 
 use super::case::{A, B, Case, HOSTS, PORT, PRINCIPAL, SERVER, host, vip};
+use super::idle::Held;
 use super::load::Measured;
 use super::{envoy, haproxy, own};
 use crate::child::Running;
@@ -200,6 +201,27 @@ impl<'a> Rig<'a> {
         let scheme = if certs.is_some() { "https" } else { "http" };
         let out = command.arg(format!("{scheme}://{target}/for-nobody")).output().context("cannot run curl")?;
         Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+    }
+
+    /// What each of so many silent connections takes of a fresh proxy.
+    ///
+    /// # Errors
+    /// When the proxy does not start or a connection is not served.
+    pub(super) fn hold(&self, peer: Peer, connections: usize) -> Result<Held> {
+        let proxy = self.start(peer, "b", &self.b)?;
+        let (from, target) = self.way()?;
+        let files = format!("--nofile={}:", connections + 1_000);
+        let mut command = from.command("prlimit");
+        command.args([&files, "taskset", "-c", LOAD_CORE]).arg(std::env::current_exe()?);
+        command.args(["bench-load", "--hold", "--target", &target.to_string(), "--host", &host(0)]);
+        command.args(["--connections", &connections.to_string(), "--pid", &proxy.pid().to_string()]);
+        if let Some(certs) = self.client_certs() {
+            command.arg("--certs").arg(certs);
+        }
+        let out = command.output().context("cannot start the load")?;
+        let told = String::from_utf8_lossy(&out.stderr);
+        ensure!(out.status.success(), "{peer:?}: {}; it printed:\n{}", told.trim(), proxy.printed());
+        serde_json::from_slice(&out.stdout).context("what the load printed")
     }
 
     fn load(&self, peer: Peer, pids: &[u32]) -> Result<Measured> {
