@@ -375,7 +375,14 @@ impl Mesh {
         let (drain, leaving) = Drain::new();
         let telemetry = Telemetry::new(NodeLabels::default());
         let logs = Arc::new(Logs::start(LogOptions::default(), &telemetry).expect("a thread"));
-        let settings = worker::Settings { snapshots: receiver, drain: leaving, node: Node::default(), telemetry, logs };
+        let settings = worker::Settings {
+            snapshots: receiver,
+            drain: leaving,
+            node: Node::default(),
+            telemetry,
+            logs,
+            connections: usize::MAX,
+        };
         let mut workers = Workers::start(2, &settings).expect("threads");
         assert!(workers.sockets(&current).is_empty());
         tokio::spawn(async move {
