@@ -19,12 +19,13 @@ fn labels<'a>() -> Labels<'a> {
         service: Some(Service { host: "reviews.default.svc.cluster.local", name: "reviews", namespace: "default" }),
         cluster: "outbound|9080||reviews.default.svc.cluster.local",
         authority: "reviews:9080",
-        workload: "reviews-v1;default;reviews;v1;Kubernetes",
+        peer: None,
         local_principal: "spiffe://cluster.local/ns/default/sa/productpage",
         peer_principal: "spiffe://cluster.local/ns/default/sa/reviews",
         code: 200,
         grpc_status: None,
         flags: Flags::NONE,
+        changed: None,
     }
 }
 
@@ -76,7 +77,7 @@ fn logging(c: &mut Criterion) {
     let mut headers = HeaderMap::new();
     headers.insert("user-agent", HeaderValue::from_static("curl/8.5.0"));
     headers.insert("x-request-id", HeaderValue::from_static("4f1c9a52-8f6e-4d0c-9d2b-0d7a1c5e3b11"));
-    let said = SaidLog { path: "/dev/null", shape: LogShape::Text(TEXT_FORMAT), filter: None };
+    let said = SaidLog { path: "/dev/null", shape: LogShape::Text(TEXT_FORMAT), omit_empty: false, filter: None };
     let (text, _) = AccessLogs::compile([said]);
     let logs = Logs::start(LogOptions::default(), &telemetry).expect("a writer thread");
     let sink = logs.sink();

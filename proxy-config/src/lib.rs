@@ -16,6 +16,7 @@ pub mod k8s;
 mod load;
 pub mod model;
 mod objects;
+pub mod peer;
 pub mod registry;
 pub mod sds;
 pub mod xds;

@@ -2,8 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::sync::Arc;
 use std::time::Duration;
 
+use http::HeaderValue;
+use proxy_config::peer::Workload;
 use proxy_config::registry::Proxy;
 use rustix::process::{Resource, Rlimit};
 
@@ -96,7 +99,34 @@ pub(super) fn termination_drain(proxy_config: &str) -> Option<Duration> {
 
 /// Who we are, for peers and logs.
 pub(super) fn node(proxy: &Proxy) -> Node {
-    Node { hostname: proxy.name.clone(), ..Node::default() }
+    let id = HeaderValue::try_from(id(proxy)).ok();
+    Node { id, workload: Arc::new(workload(proxy)), hostname: proxy.name.clone() }
+}
+
+/// The node's id, as it is on the stream.
+pub(super) fn id(proxy: &Proxy) -> String {
+    let ip = proxy.ips.first().map(ToString::to_string).unwrap_or_default();
+    format!("sidecar~{ip}~{}.{}~{}", proxy.name, proxy.namespace, proxy.dns_domain)
+}
+
+/// Our workload with all of its labels: what the node's metadata says, completed by what objects say of it.
+fn workload(proxy: &Proxy) -> Workload {
+    let all: Vec<String> = proxy.labels.keys().cloned().collect();
+    let labels = proxy.labels.iter().map(|(name, value)| (name.clone(), value.clone().into())).collect();
+    let mut metadata = proxy.metadata.clone();
+    metadata.insert("LABELS".to_owned(), serde_json::Value::Object(labels));
+    let mut out = Workload::from_node(&metadata, &proxy.locality, &all);
+    for (said, known) in [
+        (&mut out.instance, &proxy.name),
+        (&mut out.namespace, &proxy.namespace),
+        (&mut out.workload, &proxy.name),
+        (&mut out.cluster, &proxy.cluster_id),
+    ] {
+        if said.is_empty() {
+            said.clone_from(known);
+        }
+    }
+    out
 }
 
 #[cfg(test)]

@@ -46,6 +46,8 @@ fn labels(proxy: &Proxy) -> NodeLabels {
         version: label("version"),
         cluster: proxy.cluster_id.clone(),
         istio_version: metadata("ISTIO_VERSION"),
+        id: super::host::id(proxy),
+        metadata: serde_json::Value::Object(proxy.metadata.clone()),
     }
 }
 

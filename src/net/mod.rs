@@ -19,6 +19,7 @@ mod connect;
 pub mod copy;
 mod frames;
 mod gather;
+pub mod grpc;
 mod heads;
 mod listen;
 mod orig_dst;

@@ -38,6 +38,9 @@ impl http_body::Body for Body {
             }
             Self::Tracked(ctx, inner, expiry) => {
                 let polled = Pin::new(&mut *inner).poll_frame(cx);
+                if polled.is_pending() && ctx.grpc {
+                    ctx.poll_report(cx);
+                }
                 if let (Poll::Pending, Some(expiry)) = (&polled, expiry.as_deref_mut()) {
                     let error = ready!(expiry.poll(cx, ctx.progress.as_deref()));
                     ctx.failed(&error);
@@ -82,6 +85,9 @@ fn note(ctx: &mut Ctx, frame: &Option<Result<Frame<Bytes>, Error>>) -> bool {
         Some(Ok(frame)) => {
             if let Some(data) = frame.data_ref() {
                 ctx.sent += data.len() as u64;
+                if ctx.grpc {
+                    ctx.response_messages.note(data);
+                }
             } else if let Some(trailers) = frame.trailers_ref() {
                 ctx.note_grpc_status(trailers);
                 return true;

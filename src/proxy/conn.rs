@@ -15,7 +15,7 @@ use crate::error::Kind;
 use crate::net::Stream;
 use crate::net::sniff::{Inspectors, Sniffed, Sniffer, Transport};
 use crate::snapshot::{Attributes, Chain, ChainInput, Filter, Listener, Terminal};
-use crate::telemetry::{Record, RecordKind, Reporter};
+use crate::telemetry::{Record, RecordKind, Reporter, Stats};
 use crate::tls::{self, HANDSHAKE_LIMIT, Peer};
 
 /// How long a client that has said nothing is waited for: Envoy's default limit on idle connections.
@@ -312,6 +312,13 @@ impl Conn {
         if self.is_inbound() { Reporter::Destination } else { Reporter::Source }
     }
 
+    /// What counts where nothing says so: without a control plane everything is counted.
+    pub(super) fn default_stats(&self) -> Option<Arc<Stats>> {
+        let view = self.env.view();
+        let default = if self.is_inbound() { &self.env.stats.inbound } else { &self.env.stats.outbound };
+        view.snap.counts_by_default().then(|| Arc::clone(default))
+    }
+
     /// URI names of our workload certificate.
     pub(super) fn local_uris(&self) -> Vec<String> {
         let view = self.env.view();
@@ -329,6 +336,8 @@ impl Conn {
         record.sni = self.sni.as_deref().unwrap_or_default();
         record.filter_chain = &self.chain.name;
         record.connection_id = self.id;
+        record.outbound = !self.is_inbound();
+        record.mtls = self.tls.as_ref().is_some_and(|peer| peer.has_certificate());
         if let Some(peer) = &self.tls {
             record.peer_uri = peer.uri_sans.first().map_or("", String::as_str);
             record.peer_subject = &peer.subject;

@@ -2,22 +2,32 @@
 
 use std::borrow::Cow;
 use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::Context;
 use std::time::{Duration, SystemTime};
 
 use http::header::{HeaderMap, HeaderName, HeaderValue};
 use http::uri::{PathAndQuery, Scheme};
 use http::{Method, StatusCode, Version};
-use tokio::time::Instant;
+use tokio::time::{Instant, Sleep, sleep};
 
 use super::conn::Conn;
 use super::head::Head;
 use super::http::HttpConn;
+use super::peer_metadata::Asked;
 use super::vars::protocol;
 use crate::error::{Error, Flags};
+use crate::net::grpc::Messages;
 use crate::snapshot::Name;
-use crate::telemetry::{Captured, Headers, Labels, Protocol, Record, RecordKind, Reporter, Service, Sizes};
+use crate::telemetry::{
+    Captured, Facts, Headers, Labels, Overrides, Peer, Protocol, Record, RecordKind, Reporter, Service, Sizes, Stats,
+    Values,
+};
 use crate::upstream::{ClusterLocal, Progress, Trace};
+
+/// Between two reports of a stream that goes on, as Envoy's default.
+const REPORTING: Duration = Duration::from_secs(5);
 
 const GRPC_STATUS: HeaderName = HeaderName::from_static("grpc-status");
 
@@ -41,6 +51,10 @@ pub(super) struct Ctx {
     request_headers: Captured,
     /// The client after x-forwarded-for.
     pub(super) remote: IpAddr,
+    /// What the client said of its workload inbound, the server outbound.
+    pub(super) peer: Option<Arc<Peer>>,
+    /// Which of our peer metadata the client gets.
+    pub(super) asked: Asked,
     /// Of a streamed request body.
     pub(super) progress: Option<Arc<Progress>>,
     /// 0: no response yet.
@@ -59,6 +73,12 @@ pub(super) struct Ctx {
     grpc_status: Option<u32>,
     /// Body bytes given to the client.
     pub(super) sent: u64,
+    /// gRPC messages given to the client.
+    pub(super) response_messages: Messages,
+    /// Messages of the request and of the response that were reported while the stream went on.
+    reported: (u64, u64),
+    /// When the next report is due.
+    report: Option<Pin<Box<Sleep>>>,
     complete: bool,
 }
 
@@ -66,6 +86,10 @@ impl Ctx {
     /// Opens the account.
     pub(super) fn begin(http: &Arc<HttpConn>, head: &Head, progress: Option<Arc<Progress>>) -> Box<Self> {
         http.request_begins(head.version);
+        let grpc = head.is_grpc();
+        if let Some(progress) = progress.as_ref().filter(|_| grpc) {
+            progress.count_messages();
+        }
         Box::new(Self {
             start: Instant::now(),
             started: SystemTime::now(),
@@ -75,10 +99,12 @@ impl Ctx {
             authority: head.authority.clone(),
             path: head.path.clone(),
             original_path: None,
-            grpc: head.is_grpc(),
+            grpc,
             request_head_bytes: bytes_of(&head.headers),
             request_headers: http.logs.capture_request(&head.headers),
             remote: http.conn.peer.ip(),
+            peer: None,
+            asked: Asked::default(),
             progress,
             code: 0,
             flags: Flags::NONE,
@@ -93,6 +119,9 @@ impl Ctx {
             response_headers: Captured::new(),
             grpc_status: None,
             sent: 0,
+            response_messages: Messages::default(),
+            reported: (0, 0),
+            report: None,
             complete: false,
             http: Arc::clone(http),
         })
@@ -191,31 +220,94 @@ impl Ctx {
             _ => metrics.rq_rx_reset.inc(),
         }
         metrics.rq_time.record(u64::try_from(duration.as_millis()).unwrap_or(u64::MAX));
-        if self.http.counts_requests {
-            let received = self.progress.as_ref().map_or(0, |p| p.bytes());
-            let sizes = Sizes {
-                duration,
-                request_bytes: self.request_head_bytes as u64 + received,
-                response_bytes: self.response_head_bytes as u64 + self.sent,
-            };
-            self.http.conn.env.shard().record_request(&self.labels(), sizes);
+        if let Some(stats) = &self.http.stats {
+            self.count_for_istio(stats, duration);
         }
     }
 
-    fn labels(&self) -> Labels<'_> {
+    fn count_for_istio(&self, stats: &Stats, duration: Duration) {
+        let received = self.progress.as_ref().map_or(0, |p| p.bytes());
+        let sizes = Sizes {
+            duration,
+            request_bytes: self.request_head_bytes as u64 + received,
+            response_bytes: self.response_head_bytes as u64 + self.sent,
+        };
+        let shard = self.http.conn.env.shard();
+        let values = self.values(stats, duration);
+        let changed = values.as_ref().map(|(overrides, values)| (*overrides, values));
+        let labels = Labels { changed, ..self.labels(stats) };
+        shard.record_request(&labels, sizes);
+        if self.grpc {
+            shard.record_messages(&labels, self.unreported());
+        }
+    }
+
+    /// What changes the metrics, with its values now.
+    fn values<'s>(&self, stats: &'s Stats, duration: Duration) -> Option<(&'s Arc<Overrides>, Values)> {
+        let overrides = stats.overrides.as_ref()?;
+        let record = self.record(duration);
+        let facts = Facts { record: &record, node: self.http.conn.env.shard().node() };
+        Some((overrides, overrides.evaluate(&facts)))
+    }
+
+    /// gRPC messages that went each way and were not counted yet.
+    fn unreported(&self) -> (u64, u64) {
+        let request = self.progress.as_ref().map_or(0, |progress| progress.messages());
+        (request - self.reported.0, self.response_messages.count() - self.reported.1)
+    }
+
+    /// Reports messages of a stream that goes on, from time to time. Whoever waits for the next message asks; the timer
+    /// is there only for streams that have several and where some were not reported.
+    pub(super) fn poll_report(&mut self, cx: &mut Context<'_>) {
+        let (request, response) = self.unreported();
+        let several = self.reported != (0, 0) || request > 1 || response > 1;
+        if !self.grpc || request + response == 0 || !several {
+            return;
+        }
+        let Some(stats) = self.http.stats.clone() else { return };
+        let every = stats.reporting.unwrap_or(REPORTING);
+        let timer = self.report.get_or_insert_with(|| Box::pin(sleep(every)));
+        if timer.as_mut().poll(cx).is_pending() {
+            return;
+        }
+        self.report = None;
+        let values = self.values(&stats, self.start.elapsed());
+        let changed = values.as_ref().map(|(overrides, values)| (*overrides, values));
+        let labels = Labels { changed, ..self.labels(&stats) };
+        self.http.conn.env.shard().record_messages(&labels, (request, response));
+        self.reported = (self.reported.0 + request, self.reported.1 + response);
+    }
+
+    /// The other side's workload: as it said itself, else as its endpoint says.
+    fn peer(&self) -> Option<&Arc<Peer>> {
+        let endpoint = || self.trace.host.as_ref().and_then(|host| host.peer.as_ref());
+        self.peer.as_ref().or_else(|| endpoint().filter(|_| !self.http.conn.is_inbound()))
+    }
+
+    fn labels(&self, stats: &Stats) -> Labels<'_> {
         let conn = &self.http.conn;
+        let service = self.cluster.as_ref().and_then(service);
+        // What no service explains is told by the route that took it.
+        let (service, cluster) = match self.route.as_deref() {
+            Some("block_all") => (None, "BlackHoleCluster"),
+            Some("allow_any") => (None, "PassthroughCluster"),
+            _ => (service, self.cluster_name()),
+        };
+        let authority =
+            if stats.disable_host_header_fallback { "" } else { self.authority.to_str().unwrap_or_default() };
         Labels {
             reporter: conn.reporter(),
             protocol: if self.grpc { Protocol::Grpc } else { Protocol::Http },
-            service: self.cluster.as_ref().and_then(service),
-            cluster: self.cluster_name(),
-            authority: self.authority.to_str().unwrap_or_default(),
-            workload: self.trace.host.as_ref().map_or("", |host| &host.workload),
+            service,
+            cluster,
+            authority,
+            peer: self.peer(),
             local_principal: local_principal(conn, &self.http.local_uris, &self.trace),
             peer_principal: peer_principal(conn, &self.trace),
             code: self.code,
             grpc_status: self.grpc_status,
             flags: self.flags,
+            changed: None,
         }
     }
 
@@ -256,6 +348,7 @@ impl Ctx {
         record.route = self.route.as_deref().unwrap_or_default();
         record.virtual_host = self.vhost.as_deref().unwrap_or_default();
         record.local_uri = self.http.local_uris.first().map_or("", String::as_str);
+        record.peer = self.peer();
         record
     }
 }

@@ -12,11 +12,11 @@ use super::cors;
 use super::ctx::Ctx;
 use super::head::Head;
 use super::http::HttpConn;
-use super::jwt;
 use super::reply::Reply;
+use super::{jwt, peer_metadata};
 use crate::error::{Flags, Kind};
 use crate::snapshot::action::Cors;
-use crate::snapshot::{AlpnRewrite, Attributes, Found, HttpFilter, Metadata, Rbac, RouteTable, route};
+use crate::snapshot::{AlpnRewrite, Attributes, Found, HttpFilter, Metadata, PeerMetadata, Rbac, RouteTable, route};
 
 /// Denials that each worker explains in a second; who is denied must not be able to fill a disk.
 const EXPLAINED: u64 = 10;
@@ -28,7 +28,7 @@ pub(super) struct Passed<'a> {
     /// The response is marked for this origin.
     pub(super) cors: Option<(&'a Cors, HeaderValue)>,
     /// Peer metadata travels in headers.
-    pub(super) exchange: bool,
+    pub(super) exchange: Option<&'a Arc<PeerMetadata>>,
 }
 
 /// What filters say: after `delay`, go on or answer.
@@ -71,11 +71,12 @@ pub(super) fn run<'a>(
                 passed.alpn = Some(rewrite);
                 None
             }
-            HttpFilter::PeerMetadata => {
-                passed.exchange = true;
+            HttpFilter::PeerMetadata(said) => {
+                peer_metadata::from_client(said, http, head, ctx);
+                passed.exchange = Some(said);
                 None
             }
-            HttpFilter::Stats | HttpFilter::GrpcStats => None,
+            HttpFilter::Stats(_) | HttpFilter::GrpcStats => None,
             HttpFilter::JwtAuthn(said) => match jwt::check(said, head, &http.conn.env) {
                 Ok(said) => {
                     metadata = said;

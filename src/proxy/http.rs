@@ -23,7 +23,7 @@ use crate::error::{Flags, Kind};
 use crate::net::sniff::{Codec, read_codec};
 use crate::net::{Gather, Stream, Turn};
 use crate::snapshot::{Chain, HttpChain, HttpFilter, HttpOptions};
-use crate::telemetry::{AccessLogs, HttpMetrics, RecordKind};
+use crate::telemetry::{AccessLogs, HttpMetrics, RecordKind, Stats};
 
 /// Header lines of a request, as Envoy's default.
 pub(super) const MAX_HEADERS: usize = 100;
@@ -58,8 +58,8 @@ pub(super) struct HttpConn {
     pub(super) local_uris: Vec<String>,
     pub(super) metrics: Arc<CachePadded<HttpMetrics>>,
     pub(super) logs: Arc<AccessLogs>,
-    /// `istio.stats` is among the filters.
-    pub(super) counts_requests: bool,
+    /// `istio.stats` of the filters, or what stands for it without a control plane.
+    pub(super) stats: Option<Arc<Stats>>,
     pub(super) counts: Arc<Counts>,
 }
 
@@ -92,7 +92,7 @@ impl HttpConn {
         Self {
             xfcc: xfcc::element(conn.tls.as_deref(), &local_uris, chain.options.client_cert_details),
             logs: Arc::clone(&chain.options.access_log),
-            counts_requests: chain.filters.iter().any(|filter| matches!(filter, HttpFilter::Stats)),
+            stats: stats_of(&conn, &chain),
             metrics: conn.env.shard().http(&chain.options.stat_prefix),
             local_uris,
             counts,
@@ -140,6 +140,11 @@ impl HttpConn {
         let used_up = most.is_some_and(|max| self.counts.requests() >= max);
         used_up || self.counts.is_outdated() || self.conn.env.drain.is_leaving()
     }
+}
+
+fn stats_of(conn: &Conn, chain: &HttpChain) -> Option<Arc<Stats>> {
+    let said = chain.filters.iter().find_map(|f| if let HttpFilter::Stats(stats) = f { Some(stats) } else { None });
+    said.cloned().or_else(|| conn.default_stats())
 }
 
 /// Serves the connection to its end.

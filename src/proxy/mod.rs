@@ -27,6 +27,7 @@ mod limits;
 mod live;
 mod mirror;
 mod ops;
+mod peer_metadata;
 mod quiet;
 mod reply;
 mod request;
@@ -47,12 +48,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use ::http::HeaderValue;
+use proxy_config::peer::Workload;
 use tokio::sync::watch;
 
 use crate::drain::Watch;
 use crate::net::Stream;
 use crate::snapshot::{JwtCache, Listener, Terminal};
-use crate::telemetry::{LogSink, NodeLabels, Shard, Telemetry};
+use crate::telemetry::{LogSink, NodeLabels, Peers, Shard, Stats, Telemetry};
 use crate::upstream::View;
 
 /// What an [`Env`] is made of.
@@ -72,10 +74,26 @@ pub struct Settings {
 pub struct Node {
     /// `x-envoy-peer-metadata-id`: the node's id; `None` exchanges no metadata.
     pub id: Option<HeaderValue>,
-    /// `x-envoy-peer-metadata`: base64 of the metadata's deterministic protobuf.
-    pub metadata: Option<HeaderValue>,
+    /// Our workload, with all of its labels.
+    pub workload: Arc<Workload>,
     /// `%HOSTNAME%`
     pub hostname: String,
+}
+
+impl Node {
+    /// Our workload as peers are told, with these labels beside the standard ones.
+    fn told(&self, additional: &[String]) -> Workload {
+        let mut workload = (*self.workload).clone();
+        workload.labels.retain(|name, _| additional.contains(name));
+        workload
+    }
+}
+
+/// How requests and connections are counted where no filter says so.
+#[derive(Debug, Default)]
+struct DefaultStats {
+    inbound: Arc<Stats>,
+    outbound: Arc<Stats>,
 }
 
 /// Everything a connection may touch; one for each worker, never shared between workers.
@@ -90,6 +108,8 @@ pub struct Env {
     node: Node,
     shard: Arc<Shard>,
     log: Option<LogSink>,
+    peers: Peers,
+    stats: DefaultStats,
     /// Host of HTTP/1.0 requests that name none.
     default_host: HeaderValue,
     connections: AtomicU64,
@@ -112,6 +132,12 @@ impl Env {
             node: settings.node,
             shard: Telemetry::new(NodeLabels::default()).shard(),
             log: None,
+            peers: Peers::default(),
+            stats: DefaultStats {
+                // A client's word for where it is must not make labels of a server.
+                inbound: Arc::new(Stats { disable_host_header_fallback: true, ..Stats::default() }),
+                outbound: Arc::default(),
+            },
             connections: AtomicU64::new(0),
             denials: filters::Throttle::default(),
             tokens: Mutex::default(),

@@ -6,9 +6,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use std::time::Duration;
 
-use http::header::{
-    CONNECTION, CONTENT_LENGTH, HOST, HeaderMap, HeaderName, HeaderValue, LOCATION, SET_COOKIE, TRANSFER_ENCODING,
-};
+use http::header::{CONNECTION, CONTENT_LENGTH, HOST, HeaderMap, HeaderValue, LOCATION, SET_COOKIE, TRANSFER_ENCODING};
 use http::{Method, Request, Response, StatusCode, Version};
 use hyper::body::Incoming;
 use hyper::upgrade::OnUpgrade;
@@ -27,15 +25,12 @@ use super::limits::Limits;
 use super::reply::Reply;
 use super::respond::{Answered, write_reply};
 use super::vars::{self, Facts};
-use super::{mirror, ops};
+use super::{mirror, ops, peer_metadata};
 use crate::error::{Error, Kind};
 use crate::snapshot::action::{Action, Forward, HostRewrite};
 use crate::snapshot::path::Outcome;
 use crate::snapshot::{Found, Route, route};
 use crate::upstream::{self, Call, ClusterLocal, View};
-
-const PEER_METADATA: HeaderName = HeaderName::from_static("x-envoy-peer-metadata");
-const PEER_METADATA_ID: HeaderName = HeaderName::from_static("x-envoy-peer-metadata-id");
 
 /// Answers a request. An error ends the connection (HTTP/2: the stream) without an answer.
 pub(super) async fn handle(http: Arc<HttpConn>, request: Request<Incoming>) -> Result<Response<Body>, Error> {
@@ -67,8 +62,6 @@ struct Script<'a> {
 /// What the request leaves for the response.
 struct After<'a> {
     passed: Passed<'a>,
-    /// The client asked for our metadata.
-    exchanged: bool,
     /// The request, for header changes that ask for it.
     kept: Option<&'a Head>,
     cookie: Option<HeaderValue>,
@@ -205,7 +198,9 @@ impl Script<'_> {
         let options = &self.http.chain.options;
         let limits = Limits::new(target.forward, options, &head.headers, self.ctx.grpc);
         let hashed = hash::of(&target.forward.hash, head, self.ctx.remote, || fastrand::u64(..));
-        let exchanged = passed.exchange && self.exchange_request(head, target.cluster);
+        if let Some(said) = passed.exchange {
+            peer_metadata::to_server(said, &self.http.conn, target.cluster, head);
+        }
         self.rewrite(head, target, limits)?;
         self.ctx.sent_upstream(head);
         let keeps_head = asks_for_request(target.found);
@@ -229,7 +224,7 @@ impl Script<'_> {
         let request = options.request_timeout.filter(|_| self.ctx.request_unfinished());
         let expiry = Expiry::new(Life { stream: limits.stream, request, idle: limits.idle }, self.ctx.start);
         let (answer, expiry) = self.send(call, head, body, expiry).await?;
-        let after = After { passed, exchanged, kept: kept.as_deref(), cookie: hashed.set_cookie, idle: limits.idle };
+        let after = After { passed, kept: kept.as_deref(), cookie: hashed.set_cookie, idle: limits.idle };
         let mut answered = self.answered(answer, target.found, after, client, upgrade)?;
         answered.expiry = expiry;
         Ok(answered)
@@ -237,7 +232,7 @@ impl Script<'_> {
 
     /// The upstream's response as ours.
     fn answered(
-        &self,
+        &mut self,
         answer: upstream::Answer,
         found: &Found<'_>,
         after: After<'_>,
@@ -260,7 +255,9 @@ impl Script<'_> {
         if !self.http.chain.options.suppress_envoy_headers && !upgraded {
             response.headers.insert(headers::SERVICE_TIME, self.service_time());
         }
-        self.exchange_response(&mut response.headers, after.passed.exchange, after.exchanged);
+        if let Some(said) = after.passed.exchange {
+            peer_metadata::from_server(said, self.http, &mut response.headers, self.ctx);
+        }
         if let Some((cors, origin)) = after.passed.cors {
             super::cors::on_response(cors, origin, &mut response.headers);
         }
@@ -365,38 +362,6 @@ impl Script<'_> {
         let trace = &self.ctx.trace;
         let took = trace.first_byte.zip(trace.ready).map(|(end, start)| end.saturating_duration_since(start));
         HeaderValue::from(u64::try_from(took.unwrap_or_default().as_millis()).unwrap_or(u64::MAX))
-    }
-
-    /// Peer metadata of a request; whether the client asked for ours.
-    fn exchange_request(&self, head: &mut Head, cluster: &ClusterLocal) -> bool {
-        let node = &self.http.conn.env.node;
-        if self.http.conn.is_inbound() {
-            let asked = head.headers.remove(PEER_METADATA_ID).is_some();
-            return head.headers.remove(PEER_METADATA).is_some() || asked;
-        }
-        let istio = &cluster.shared.config.istio;
-        if istio.disable_mx {
-            return false;
-        }
-        if let (Some(id), Some(metadata)) = (&node.id, &node.metadata) {
-            head.headers.insert(PEER_METADATA_ID, id.clone());
-            head.headers.insert(PEER_METADATA, metadata.clone());
-        }
-        false
-    }
-
-    fn exchange_response(&self, headers: &mut HeaderMap, exchange: bool, asked: bool) {
-        if !exchange {
-            return;
-        }
-        let node = &self.http.conn.env.node;
-        if !self.http.conn.is_inbound() {
-            headers.remove(PEER_METADATA_ID);
-            headers.remove(PEER_METADATA);
-        } else if let (true, Some(id), Some(metadata)) = (asked, &node.id, &node.metadata) {
-            headers.insert(PEER_METADATA_ID, id.clone());
-            headers.insert(PEER_METADATA, metadata.clone());
-        }
     }
 
     fn response_ops(&self, found: &Found<'_>, response: &mut http::response::Parts, kept: Option<&Head>) {

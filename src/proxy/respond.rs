@@ -10,6 +10,7 @@ use super::body::Body;
 use super::ctx::Ctx;
 use super::expiry::Expiry;
 use super::headers;
+use super::peer_metadata;
 use super::reply::Reply;
 use super::upgrade::{self, Switch};
 use crate::error::Flags;
@@ -73,6 +74,7 @@ pub(super) fn write_reply(mut reply: Reply, mut ctx: Box<Ctx>, decorator: Option
 fn finish_headers(headers: &mut HeaderMap, ctx: &Ctx, decorator: Option<HeaderValue>) {
     let http = &ctx.http;
     headers::server(headers, &http.chain.options);
+    peer_metadata::to_client(ctx, headers);
     if let Some(decorator) = decorator {
         headers.insert(headers::DECORATOR, decorator);
     } else if !http.conn.is_inbound() {

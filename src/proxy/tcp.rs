@@ -1,7 +1,9 @@
 //! Bytes: one connection here, one there, and what goes between them.
 
 use std::net::SocketAddr;
+use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crossbeam_utils::CachePadded;
@@ -9,15 +11,17 @@ use tokio::time::sleep;
 
 use super::conn::{Conn, check_policy};
 use super::ctx::{local_principal, peer_principal, service};
-use super::exchange::Exchanged;
+use super::exchange::{self, Exchanged, Known};
 use super::live::{Now, chain_now};
 use super::quiet::Quiet;
 use super::server_first::Early;
 use crate::drain::Phase;
 use crate::error::{Error, Flags, Kind};
 use crate::net::{Stream, copy};
-use crate::snapshot::{Filter, TcpChain};
-use crate::telemetry::{Labels, Protocol, RecordKind, TcpMetrics, TcpReport};
+use crate::snapshot::{Filter, TcpChain, TcpExchange};
+use crate::telemetry::{
+    Facts, Labels, Moving, Overrides, Peer, Protocol, Record, RecordKind, Stats, TcpMetrics, TcpReport, Values,
+};
 use crate::upstream::{self, ClusterLocal, TcpCall, TcpUpstream, Trace, View};
 
 /// Tries until an upstream connection stands, as Envoy's default.
@@ -25,7 +29,8 @@ const CONNECT_ATTEMPTS: u32 = 1;
 
 /// Relays a connection to its end. `early`: its upstream connection stands already.
 pub(super) async fn serve(client: Stream, conn: &Arc<Conn>, chain: &TcpChain, early: Option<Early>) {
-    let mut account = Account::open(conn, chain);
+    // Apart from the future, which every kind of connection pays for.
+    let mut account = Box::new(Account::open(conn, chain));
     let upstream = match early {
         Some(Early { upstream, cluster, trace }) => {
             account.trace = trace;
@@ -42,23 +47,70 @@ pub(super) async fn serve(client: Stream, conn: &Arc<Conn>, chain: &TcpChain, ea
             return;
         }
     };
-    account.connected(&upstream);
-    let mut client = Exchanged::new(client, exchanges(conn));
-    let is_peer = account.exchanges(&upstream);
-    let mut server = Exchanged::new(&mut upstream.stream, is_peer);
-    let relay = copy::both(&mut client, &mut server, &account.counters, chain.idle_timeout);
-    let outcome = tokio::select! {
+    account.upstream_host = Some(upstream.host.address);
+    let mut client = Exchanged::new(client, exchange_with_client(conn));
+    let towards_server = account.exchange_with(&upstream);
+    let mut server = Exchanged::new(&mut upstream.stream, towards_server.as_ref());
+    let mut known = if conn.is_inbound() { client.known() } else { server.known() };
+    let bytes = Arc::clone(&account.bytes);
+    let mut relay = pin!(relay(&mut client, &mut server, conn, &bytes.0, chain.idle_timeout));
+    let mut over = pin!(Quiet::new(until_over(conn, chain)));
+    let ended = tokio::select! {
         biased;
-        end = relay => Outcome::Ended(end),
-        outcome = Quiet::new(until_over(conn, chain)) => outcome,
+        end = &mut relay => Some(Outcome::Ended(end)),
+        outcome = &mut over => Some(outcome),
+        now_known = exchange::settled(&mut known) => {
+            account.peer_known(&now_known);
+            account.opened();
+            None
+        }
     };
+    let outcome = match ended {
+        Some(outcome) => outcome,
+        None => tokio::select! {
+            biased;
+            end = &mut relay => Outcome::Ended(end),
+            outcome = &mut over => outcome,
+        },
+    };
+    if account.report.is_none() {
+        let at_last = known.borrow().clone();
+        account.peer_known(&at_last);
+    }
     account.ended(outcome);
 }
 
-/// Whether the client's proxy puts its metadata in front.
-fn exchanges(conn: &Conn) -> bool {
-    let Some(alpn) = conn.tls.as_ref().and_then(|peer| peer.alpn.as_deref()) else { return false };
-    conn.chain.l4.iter().any(|filter| matches!(filter, Filter::MetadataExchange(name) if **name == *alpn))
+/// Tells the peers of us and relays bytes.
+async fn relay(
+    client: &mut Exchanged<Stream>,
+    server: &mut Exchanged<&mut Stream>,
+    conn: &Conn,
+    counters: &copy::Counters,
+    idle: Option<Duration>,
+) -> copy::End {
+    let node = &conn.env.node;
+    let metrics = &conn.env.shard().exchange;
+    if let Err(error) = server.tell(node, metrics).await {
+        return copy::End::Upstream(error);
+    }
+    if let Err(error) = client.tell(node, metrics).await {
+        return copy::End::Client(error);
+    }
+    copy::both(client, server, counters, idle).await
+}
+
+/// The exchange that the client's proxy and we agreed on.
+fn exchange_with_client(conn: &Conn) -> Option<&Arc<TcpExchange>> {
+    let alpn = conn.tls.as_ref().and_then(|peer| peer.alpn.as_deref());
+    let said =
+        conn.chain.l4.iter().find_map(|f| if let Filter::MetadataExchange(said) = f { Some(said) } else { None })?;
+    let exchange = &conn.env.shard().exchange;
+    if alpn != Some(&said.protocol) {
+        exchange.not_found.inc();
+        return None;
+    }
+    exchange.found.inc();
+    Some(said)
 }
 
 /// How a relay ended.
@@ -147,12 +199,28 @@ struct Account<'a> {
     chain: &'a TcpChain,
     cluster: Option<Arc<ClusterLocal>>,
     trace: Trace,
-    counters: copy::Counters,
+    bytes: Arc<Bytes>,
+    /// What the other proxy said of its workload.
+    peer: Option<Arc<Peer>>,
     report: Option<TcpReport>,
     upstream_host: Option<SocketAddr>,
     flags: Flags,
     details: String,
     settled: bool,
+    /// URI names of our certificate.
+    local_uris: Vec<String>,
+    /// What changes the metrics, with its values.
+    values: Option<(Arc<Overrides>, Values)>,
+}
+
+/// Bytes of a relay.
+#[derive(Debug, Default)]
+struct Bytes(copy::Counters);
+
+impl Moving for Bytes {
+    fn moved(&self) -> (u64, u64) {
+        (self.0.received.load(Ordering::Relaxed), self.0.sent.load(Ordering::Relaxed))
+    }
 }
 
 impl<'a> Account<'a> {
@@ -166,12 +234,15 @@ impl<'a> Account<'a> {
             chain,
             cluster: None,
             trace: Trace::default(),
-            counters: copy::Counters::default(),
+            bytes: Arc::default(),
+            peer: None,
             report: None,
             upstream_host: None,
             flags: Flags::NONE,
             details: String::new(),
             settled: false,
+            local_uris: conn.local_uris(),
+            values: None,
         }
     }
 
@@ -190,15 +261,40 @@ impl<'a> Account<'a> {
         }
     }
 
-    fn connected(&mut self, upstream: &TcpUpstream) {
-        self.upstream_host = Some(upstream.host.address);
-        self.report = Some(self.conn.env.shard().open_tcp(&self.labels()));
+    fn peer_known(&mut self, known: &Known) {
+        known.count(&self.conn.env.shard().exchange);
+        self.peer = known.peer();
     }
 
-    /// Whether the server's proxy puts its metadata in front.
-    fn exchanges(&self, upstream: &TcpUpstream) -> bool {
-        let said = self.cluster.as_ref().and_then(|cluster| cluster.shared.config.metadata_exchange.as_deref());
-        said.is_some() && said == upstream.peer.as_ref().and_then(|peer| peer.alpn.as_deref())
+    /// Counts the connection as opened; once everything is known that its labels tell, or at its end.
+    fn opened(&mut self) {
+        let Some(stats) = self.stats() else { return };
+        let shard = self.conn.env.shard();
+        let record;
+        let values = match &stats.overrides {
+            None => None,
+            Some(overrides) => {
+                record = self.record();
+                let facts = Facts { record: &record, node: shard.node() };
+                Some((overrides, overrides.evaluate(&facts)))
+            }
+        };
+        let changed = values.as_ref().map(|(overrides, values)| (*overrides, values));
+        let report = shard.open_tcp(&Labels { changed, ..self.labels() }, Arc::clone(&self.bytes) as Arc<dyn Moving>);
+        self.report = Some(report);
+        self.values = values.map(|(overrides, values)| (Arc::clone(overrides), values));
+    }
+
+    fn stats(&self) -> Option<Arc<Stats>> {
+        self.chain.stats.clone().or_else(|| self.conn.default_stats())
+    }
+
+    /// The exchange that the server's proxy and we agreed on.
+    fn exchange_with(&self, upstream: &TcpUpstream) -> Option<Arc<TcpExchange>> {
+        let cluster = self.cluster.as_ref()?;
+        let said = cluster.shared.exchange.as_ref()?;
+        let alpn = upstream.peer.as_ref().and_then(|peer| peer.alpn.as_deref());
+        (alpn == Some(&*said.protocol)).then(|| Arc::clone(said))
     }
 
     fn failed(&mut self, error: &Error) {
@@ -206,10 +302,6 @@ impl<'a> Account<'a> {
         self.flags.insert(error.kind.row().flag);
         if matches!(error.kind, Kind::NoCluster) {
             self.metrics.cx_no_route.inc();
-        }
-        if self.report.is_none() {
-            // A refused connection is one that was opened and closed.
-            self.report = Some(self.conn.env.shard().open_tcp(&self.labels()));
         }
         self.settled = true;
     }
@@ -239,13 +331,37 @@ impl<'a> Account<'a> {
             service: self.cluster.as_ref().and_then(service),
             cluster: self.cluster_name(),
             authority: "",
-            workload: self.trace.host.as_ref().map_or("", |host| &host.workload),
-            local_principal: local_principal(self.conn, &[], &self.trace),
+            peer: self.peer(),
+            local_principal: local_principal(self.conn, &self.local_uris, &self.trace),
             peer_principal: peer_principal(self.conn, &self.trace),
             code: 0,
             grpc_status: None,
             flags: self.flags | self.trace.flags,
+            changed: None,
         }
+    }
+
+    /// The other side's workload: as it said itself, else as its endpoint says.
+    fn peer(&self) -> Option<&Arc<Peer>> {
+        let endpoint = || self.trace.host.as_ref().and_then(|host| host.peer.as_ref());
+        self.peer.as_ref().or_else(|| endpoint().filter(|_| !self.conn.is_inbound()))
+    }
+
+    fn record(&self) -> Record<'_> {
+        let mut record = self.conn.record(RecordKind::Tcp, self.conn.started, self.conn.start.elapsed());
+        let (sent, received) = self.bytes.moved();
+        record.flags = self.flags;
+        record.termination_details = &self.details;
+        record.transport_failure = self.trace.transport_failure.as_deref().unwrap_or_default();
+        record.bytes_sent = sent;
+        record.bytes_received = received;
+        record.upstream_cluster = self.cluster_name();
+        record.upstream_host = self.upstream_host.or_else(|| self.trace.host.as_ref().map(|host| host.address));
+        record.upstream_local = self.trace.upstream_local;
+        record.attempts = self.trace.attempts;
+        record.local_uri = self.local_uris.first().map_or("", String::as_str);
+        record.peer = self.peer();
+        record
     }
 
     fn cluster_name(&self) -> &str {
@@ -259,25 +375,19 @@ impl Drop for Account<'_> {
         if !self.settled {
             self.flags.insert(Flags::DC);
         }
-        let sent = *self.counters.received.get_mut();
-        let received = *self.counters.sent.get_mut();
-        if let Some(report) = self.report.take() {
-            report.bytes(sent, received);
+        if self.report.is_none() {
+            // A connection that was never opened was opened and closed.
+            self.opened();
         }
+        self.report = None;
+        if let Some((overrides, values)) = self.values.take() {
+            self.conn.env.shard().record_custom(&overrides, &values);
+        }
+        let (sent, received) = self.bytes.moved();
         self.metrics.cx_active.dec();
         self.metrics.cx_rx_bytes.add(received);
         self.metrics.cx_tx_bytes.add(sent);
         let Some(sink) = self.conn.env.log().filter(|sink| sink.wants(&self.chain.access_log)) else { return };
-        let mut record = self.conn.record(RecordKind::Tcp, self.conn.started, self.conn.start.elapsed());
-        record.flags = self.flags;
-        record.termination_details = &self.details;
-        record.transport_failure = self.trace.transport_failure.as_deref().unwrap_or_default();
-        record.bytes_sent = sent;
-        record.bytes_received = received;
-        record.upstream_cluster = self.cluster_name();
-        record.upstream_host = self.upstream_host.or_else(|| self.trace.host.as_ref().map(|host| host.address));
-        record.upstream_local = self.trace.upstream_local;
-        record.attempts = self.trace.attempts;
-        sink.log(&record, &self.chain.access_log);
+        sink.log(&self.record(), &self.chain.access_log);
     }
 }

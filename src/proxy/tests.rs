@@ -210,6 +210,12 @@ fn allow_only(prefix: &str) -> model::Rbac {
     model::Rbac { rules: Some(rules), ..model::Rbac::default() }
 }
 
+/// Who the proxy of these tests is.
+fn node() -> Node {
+    let workload = Workload { workload: "web".to_owned(), ..Workload::default() };
+    Node { id: Some(HeaderValue::from_static("us")), workload: Arc::new(workload), ..Node::default() }
+}
+
 struct Mesh {
     env: Arc<Env>,
     listener: Arc<Listener>,
@@ -228,7 +234,7 @@ impl Mesh {
             worker: 0,
             view: Arc::new(View::new(Arc::new(snapshot), None)),
             drain: watch,
-            node: Node::default(),
+            node: node(),
         });
         Self { env: Arc::new(env), listener, drain }
     }
@@ -498,6 +504,30 @@ async fn policy_refuses_after_normalisation() {
     let unread = client.rest().await;
     assert!(unread.starts_with("HTTP/1.1 403") && unread.contains("connection: close"), "{unread}");
     assert_eq!(app.heads().len(), 1);
+}
+
+#[tokio::test]
+async fn proxies_tell_each_other_and_applications_hear_nothing() {
+    let app = App::start(OK, false).await;
+    let said = serde_json::json!({
+        "downstream_discovery": [{"istio_headers": {}}, {"workload_discovery": {}}],
+        "downstream_propagation": [{"istio_headers": {}}],
+    });
+    let mesh =
+        Mesh::http(&app, vec![forward("/")], vec![HttpFilter::PeerMetadata(said), HttpFilter::Rbac(allow_only("/a"))]);
+    let client = Workload { workload: "client".to_owned(), ..Workload::default() }.to_header();
+    let mut connection = mesh.connect();
+    for (path, end, status) in [("/a", "ok\n", "200"), ("/b", "denied", "403")] {
+        let told = format!("x-envoy-peer-metadata-id: them\r\nx-envoy-peer-metadata: {client}\r\n");
+        connection.send(&format!("GET {path} HTTP/1.1\r\nhost: a\r\n{told}\r\n")).await;
+        let response = connection.until(end).await;
+        assert!(response.starts_with(&format!("HTTP/1.1 {status}")), "{response}");
+        assert!(response.contains("x-envoy-peer-metadata-id: us\r\n"), "{response}");
+        let ours = response.lines().find_map(|line| line.strip_prefix("x-envoy-peer-metadata: ")).expect("ours");
+        assert_eq!(Workload::from_header(ours.as_bytes(), &[]).expect("metadata").workload, "web");
+    }
+    assert!(!connection.get("/a", "ok\n").await.contains("x-envoy-peer-metadata"), "who does not ask is not told");
+    assert!(app.heads().iter().all(|head| !head.contains("x-envoy-peer-metadata")));
 }
 
 #[tokio::test]

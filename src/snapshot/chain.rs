@@ -7,8 +7,8 @@ use http::header::HeaderValue;
 use proxy_config::model;
 
 use super::cluster::WeightedClusters;
-use super::{Jwt, Name, Rbac, RouteTable};
-use crate::telemetry::AccessLogs;
+use super::{Jwt, Name, PeerMetadata, Rbac, RouteTable, TcpExchange};
+use crate::telemetry::{AccessLogs, Stats};
 use crate::tls::ServerTls;
 
 /// A filter chain.
@@ -40,8 +40,8 @@ impl std::fmt::Debug for Chain {
 pub enum Filter {
     /// Policy on the connection.
     Rbac(Arc<Rbac>),
-    /// `istio.metadata_exchange`; the ALPN name that switches it on.
-    MetadataExchange(Name),
+    /// `istio.metadata_exchange`.
+    MetadataExchange(Arc<TcpExchange>),
     /// Changes or refuses traffic and is not done: connections are refused. Its name.
     Unsupported(Name),
 }
@@ -72,6 +72,8 @@ pub struct TcpChain {
     pub hash_source_ip: bool,
     /// Access logs.
     pub access_log: Arc<AccessLogs>,
+    /// `istio.stats`; `None`: nothing asks for it.
+    pub stats: Option<Arc<Stats>>,
 }
 
 /// An HTTP connection manager.
@@ -116,9 +118,9 @@ pub enum HttpFilter {
     /// ALPN lists by upstream protocol.
     Alpn(Arc<AlpnRewrite>),
     /// Peer metadata by headers.
-    PeerMetadata,
+    PeerMetadata(Arc<PeerMetadata>),
     /// `istio.stats`.
-    Stats,
+    Stats(Arc<Stats>),
     /// gRPC statistics.
     GrpcStats,
     /// gRPC-Web.

@@ -12,9 +12,10 @@ use super::cluster::{Ids, WeightedClusters};
 use super::compile::{Sink, missing_secret};
 use super::logs::access_logs;
 use super::{
-    AlpnRewrite, Chain, Filter, HttpChain, HttpFilter, HttpOptions, Jwt, KeyBell, Name, Rbac, TcpChain, Terminal,
-    route_compile,
+    AlpnRewrite, Chain, Filter, HttpChain, HttpFilter, HttpOptions, Jwt, KeyBell, Name, PeerMetadata, Rbac, TcpChain,
+    TcpExchange, Terminal, route_compile,
 };
+use crate::telemetry::{AccessLogs, Stats};
 use crate::tls::{Secrets, ServerTls};
 
 /// Idle limit of TCP connections and of HTTP client connections.
@@ -97,7 +98,7 @@ impl Build<'_, '_> {
 
     fn filters(&mut self, said: &[NetworkFilter]) -> (Box<[Filter]>, Terminal) {
         let mut l4 = Vec::new();
-        let mut terminal = None;
+        let (mut terminal, mut stats) = (None, None);
         for filter in said {
             if terminal.is_some() {
                 self.sink.error("filters", "filters behind the last one; connections are refused".to_owned());
@@ -105,12 +106,11 @@ impl Build<'_, '_> {
                 break;
             }
             match filter {
-                NetworkFilter::MetadataExchange { protocol, .. } => {
-                    l4.push(Filter::MetadataExchange(protocol.as_str().into()));
-                }
+                NetworkFilter::MetadataExchange(said) => l4.push(Filter::MetadataExchange(TcpExchange::new(said))),
                 NetworkFilter::Rbac(rbac) => l4.push(Filter::Rbac(self.rbac(rbac))),
-                NetworkFilter::IstioStats(_) | NetworkFilter::Inert { .. } => {}
-                NetworkFilter::TcpProxy(proxy) => terminal = Some(self.tcp(proxy)),
+                NetworkFilter::IstioStats(said) => stats = Some(self.stats(said)),
+                NetworkFilter::Inert { .. } => {}
+                NetworkFilter::TcpProxy(proxy) => terminal = Some(self.tcp(proxy, stats.take())),
                 NetworkFilter::Http(manager) => terminal = Some(Terminal::Http(Arc::new(self.http(manager)))),
                 NetworkFilter::Unsupported { name, type_url } => {
                     let why = format!("{name} ({type_url}) is not supported; connections are refused");
@@ -153,7 +153,15 @@ impl Build<'_, '_> {
         }
     }
 
-    fn tcp(&mut self, said: &model::TcpProxy) -> Terminal {
+    fn stats(&mut self, said: &model::IstioStats) -> Arc<Stats> {
+        let (stats, left_out) = Stats::compile(&said.config);
+        for what in left_out {
+            self.sink.warn("istio.stats", format!("{what} is left out"));
+        }
+        Arc::new(stats)
+    }
+
+    fn tcp(&mut self, said: &model::TcpProxy, stats: Option<Arc<Stats>>) -> Terminal {
         if said.tunneling.is_some() {
             self.sink.error("tcp_proxy.tunneling_config", "not supported; connections are refused".to_owned());
             return Terminal::Refuse("tunneling is not supported".into());
@@ -167,25 +175,36 @@ impl Build<'_, '_> {
             idle_timeout: off(said.idle_timeout.unwrap_or(IDLE)),
             max_duration: said.max_downstream_connection_duration.and_then(off),
             hash_source_ip: said.hash_source_ip,
-            access_log: access_logs(&said.access_log, self.sink),
+            access_log: Arc::new(access_logs(&said.access_log, self.sink)),
+            stats,
         }))
     }
 
     fn http(&mut self, said: &HttpConnectionManager) -> HttpChain {
-        let filters = said.filters.iter().filter_map(|filter| self.http_filter(filter)).collect();
+        let filters: Box<[HttpFilter]> = said.filters.iter().filter_map(|filter| self.http_filter(filter)).collect();
+        let logs = access_logs(&said.access_log, self.sink);
+        let read =
+            filters.iter().filter_map(|filter| if let HttpFilter::Stats(stats) = filter { Some(stats) } else { None });
+        let logs = read.fold(logs, |logs, stats| logs.reading(stats.headers()));
         let routes = match &said.routes {
             model::RouteSource::Rds(name) => Routes::Rds(Arc::clone(name)),
             model::RouteSource::Inline(table) => {
                 Routes::Inline(Arc::new(route_compile::table(table, self.ids, &mut self.sink.at("route_config"))))
             }
         };
-        HttpChain { filters, options: options(said, self.sink), routes }
+        HttpChain { filters, options: options(said, Arc::new(logs), self.sink), routes }
     }
 
     /// `None`: nothing to do.
     fn http_filter(&mut self, said: &model::HttpFilter) -> Option<HttpFilter> {
         Some(match said {
-            model::HttpFilter::PeerMetadata(_) => HttpFilter::PeerMetadata,
+            model::HttpFilter::PeerMetadata(said) => {
+                let (compiled, unknown) = PeerMetadata::compile(said);
+                for method in unknown {
+                    self.sink.warn("istio.metadata_exchange", format!("method {method} is not supported"));
+                }
+                HttpFilter::PeerMetadata(Arc::new(compiled))
+            }
             model::HttpFilter::Rbac(rbac) => HttpFilter::Rbac(self.rbac(rbac)),
             model::HttpFilter::JwtAuthn(jwt) => self.jwt(jwt),
             model::HttpFilter::Fault => HttpFilter::Fault,
@@ -195,7 +214,7 @@ impl Build<'_, '_> {
                 let rewrite = AlpnRewrite { http10: list("http/1.0"), http11: list("http/1.1"), http2: list("h2") };
                 HttpFilter::Alpn(Arc::new(rewrite))
             }
-            model::HttpFilter::IstioStats(_) => HttpFilter::Stats,
+            model::HttpFilter::IstioStats(said) => HttpFilter::Stats(self.stats(said)),
             model::HttpFilter::GrpcStats => HttpFilter::GrpcStats,
             model::HttpFilter::GrpcWeb => HttpFilter::GrpcWeb,
             model::HttpFilter::Inert { .. } => return None,
@@ -213,7 +232,7 @@ impl Build<'_, '_> {
     }
 }
 
-fn options(said: &HttpConnectionManager, sink: &mut Sink<'_>) -> HttpOptions {
+fn options(said: &HttpConnectionManager, access_log: Arc<AccessLogs>, sink: &mut Sink<'_>) -> HttpOptions {
     let server = if said.server_name.is_empty() { SERVER } else { &said.server_name };
     let server_name = HeaderValue::from_str(server).unwrap_or_else(|_| {
         sink.error("server_name", format!("{server:?} cannot be a header value"));
@@ -249,7 +268,7 @@ fn options(said: &HttpConnectionManager, sink: &mut Sink<'_>) -> HttpOptions {
         suppress_envoy_headers: said.suppress_envoy_headers,
         http2: said.http2,
         internal_cidrs: said.internal_cidrs.as_slice().into(),
-        access_log: access_logs(&said.access_log, sink),
+        access_log,
         tracing: said.tracing.clone(),
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use proxy_config::model;
 
 use super::host::{Breakers, HostSet};
-use super::{ClusterId, Name};
+use super::{ClusterId, Name, TcpExchange};
 use crate::tls::{ClientTls, Secrets};
 
 /// A reference to a cluster by name. The hint makes resolving free while the cluster stays where it was; a wrong hint
@@ -30,6 +30,8 @@ pub struct ClusterShared {
     pub hosts: Arc<HostSet>,
     /// Sockets: one for each transport match, the default last; [`super::Host::transport`] is an index.
     pub transports: Arc<[Transport]>,
+    /// Peer metadata on its TCP connections.
+    pub exchange: Option<Arc<TcpExchange>>,
     pub(super) said_hosts: Option<Arc<model::Endpoints>>,
 }
 
@@ -44,6 +46,7 @@ impl ClusterShared {
             breakers: Arc::new(Breakers::new(&config.limits)),
             hosts: Arc::new(HostSet::build(hosts, None, |_| config.transport_matches.len())),
             transports,
+            exchange: config.metadata_exchange.as_ref().map(TcpExchange::new),
             config: Arc::new(config),
             said_hosts: None,
         }
@@ -59,6 +62,7 @@ impl ClusterShared {
             breakers: Arc::clone(&self.breakers),
             hosts: Arc::new(HostSet::build(hosts, Some(&self.hosts), |_| default)),
             transports: Arc::clone(&self.transports),
+            exchange: self.exchange.clone(),
             said_hosts: None,
         }
     }

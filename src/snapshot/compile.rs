@@ -13,7 +13,9 @@ use super::cluster::{Ids, Transport};
 use super::host::{Breakers, HostSet};
 use super::listener::Inspectors;
 use super::logs::access_logs;
-use super::{ByName, Chain, ClusterId, ClusterShared, KeyBell, Listener, Name, RouteTable, Snapshot, route_compile};
+use super::{
+    ByName, Chain, ClusterId, ClusterShared, KeyBell, Listener, Name, RouteTable, Snapshot, TcpExchange, route_compile,
+};
 use crate::tls::Secrets;
 
 /// A route table with what it was compiled from.
@@ -51,6 +53,7 @@ pub fn compile(prev: Option<&Snapshot>, model: &Model, secrets: &Secrets) -> (Sn
         secrets: secrets.clone(),
         rejects: rejects.clone().into(),
         bell,
+        counts_by_default: model.default_metrics,
     };
     (snapshot, rejects)
 }
@@ -169,7 +172,16 @@ impl Work<'_> {
         }
         let breakers = old.map_or_else(Arc::<Breakers>::default, |old| Arc::clone(&old.breakers));
         breakers.limit(&config.limits);
-        Arc::new(ClusterShared { name: Arc::clone(&said.name), config, breakers, hosts, transports, said_hosts })
+        let exchange = said.metadata_exchange.as_ref().map(TcpExchange::new);
+        Arc::new(ClusterShared {
+            name: Arc::clone(&said.name),
+            config,
+            breakers,
+            hosts,
+            transports,
+            exchange,
+            said_hosts,
+        })
     }
 
     /// The load assignment of a cluster. That of a DNS cluster may stand in the model under the cluster's name too: this
@@ -363,7 +375,7 @@ fn listener(config: Arc<model::Listener>, chains: ChainMatcher, sink: &mut Sink<
         }),
         proxy_protocol: has(|kind| matches!(kind, model::ListenerFilterKind::ProxyProtocol)),
         exact_balance: said.exact_balance,
-        access_log: access_logs(&said.access_log, sink),
+        access_log: Arc::new(access_logs(&said.access_log, sink)),
         inspectors: Inspectors::new(said),
         chains,
         config,

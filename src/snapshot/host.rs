@@ -8,9 +8,11 @@ use std::sync::{Arc, OnceLock};
 use crossbeam_utils::CachePadded;
 use hashbrown::HashMap;
 use proxy_config::model::{self, HealthStatus, Locality};
+use proxy_config::peer::Workload;
 use tokio::time::Instant;
 
 use super::Name;
+use crate::telemetry::Peer;
 
 /// Envoy's overprovisioning factor, percent.
 const OVERPROVISIONING: u32 = 140;
@@ -30,8 +32,8 @@ pub struct Host {
     pub priority: u32,
     /// What the control plane says of it.
     pub health: HealthStatus,
-    /// `name;namespace;canonical service;revision;cluster`
-    pub workload: Name,
+    /// Its workload, as the endpoint's metadata tells it.
+    pub peer: Option<Arc<Peer>>,
     /// Host name, for DNS kinds; empty otherwise.
     pub hostname: Name,
     /// Index into [`super::ClusterShared::transports`].
@@ -325,7 +327,7 @@ fn host(
         locality: Arc::clone(locality),
         priority,
         health: said.health,
-        workload: said.workload.as_str().into(),
+        peer: Workload::from_endpoint(&said.workload).map(Peer::new),
         hostname: said.hostname.as_str().into(),
         transport,
         stats: old.map_or_else(Arc::default, |host| Arc::clone(&host.stats)),

@@ -1,16 +1,14 @@
 //! Access logs of the model, compiled for telemetry.
 
-use std::sync::Arc;
-
 use proxy_config::model;
 
 use super::compile::Sink;
 use crate::error::Flags;
-use crate::telemetry::{AccessLogs, Compare, LogFilter, LogShape, SaidLog};
+use crate::telemetry::{AccessLogs, Compare, Expression, LogFilter, LogShape, SaidLog};
 
 /// Compiles. A log whose sink or filter we do not do is left out by name; an operator that we do not know prints as
 /// absent.
-pub(super) fn access_logs(said: &[model::AccessLog], sink: &mut Sink<'_>) -> Arc<AccessLogs> {
+pub(super) fn access_logs(said: &[model::AccessLog], sink: &mut Sink<'_>) -> AccessLogs {
     let mut logs = Vec::new();
     for log in said {
         match one(log) {
@@ -22,12 +20,12 @@ pub(super) fn access_logs(said: &[model::AccessLog], sink: &mut Sink<'_>) -> Arc
     for operator in unknown {
         sink.warn("access_log", format!("operator {operator} is not supported; it prints as absent"));
     }
-    Arc::new(compiled)
+    compiled
 }
 
 fn one(said: &model::AccessLog) -> Result<SaidLog<'_>, String> {
-    let (path, format) = match &said.sink {
-        model::LogSink::File { path, format } => (path, format),
+    let (path, format, omit_empty) = match &said.sink {
+        model::LogSink::File { path, format, omit_empty } => (path, format, *omit_empty),
         model::LogSink::Grpc { log_name, .. } => return Err(format!("gRPC access log service {log_name}")),
         model::LogSink::OpenTelemetry { log_name, .. } => return Err(format!("OpenTelemetry access log {log_name}")),
     };
@@ -36,7 +34,7 @@ fn one(said: &model::AccessLog) -> Result<SaidLog<'_>, String> {
         model::LogFormat::Json(value) => LogShape::Json(value),
         model::LogFormat::Default => LogShape::Default,
     };
-    Ok(SaidLog { path, shape, filter: said.filter.as_ref().map(filter).transpose()? })
+    Ok(SaidLog { path, shape, omit_empty, filter: said.filter.as_ref().map(filter).transpose()? })
 }
 
 fn filter(said: &model::LogFilter) -> Result<LogFilter, String> {
@@ -58,7 +56,9 @@ fn filter(said: &model::LogFilter) -> Result<LogFilter, String> {
             };
             LogFilter::Status(compare, u16::try_from(*value).map_err(|_| format!("status filter on {value}"))?)
         }
-        model::LogFilter::Cel(expression) => return Err(format!("CEL filter `{expression}`")),
+        model::LogFilter::Cel(text) => {
+            LogFilter::Expression(Expression::compile(text).map_err(|why| format!("CEL filter `{text}` ({why})"))?)
+        }
         model::LogFilter::Header(_) => return Err("header filter".to_owned()),
         model::LogFilter::And(all) => LogFilter::And(all.iter().map(filter).collect::<Result<_, _>>()?),
         model::LogFilter::Or(some) => LogFilter::Or(some.iter().map(filter).collect::<Result<_, _>>()?),
@@ -72,21 +72,24 @@ mod tests {
     use proxy_config::Severity;
 
     use super::*;
-    use crate::telemetry::{Record, RecordKind};
+    use crate::telemetry::{Facts, NodeLabels, Record, RecordKind};
 
     fn file(filter: Option<model::LogFilter>) -> model::AccessLog {
         let format = model::LogFormat::Text("%FILTER_STATE(x:PLAIN)%\n".to_owned());
-        model::AccessLog { sink: model::LogSink::File { path: "/dev/stdout".to_owned(), format }, filter }
+        model::AccessLog {
+            sink: model::LogSink::File { path: "/dev/stdout".to_owned(), format, omit_empty: false },
+            filter,
+        }
     }
 
     #[test]
     fn what_is_not_done_is_named() {
-        let cel = file(Some(model::LogFilter::Cel("response.code > 400".to_owned())));
+        let cel = file(Some(model::LogFilter::Cel("response.code.exists(x, x)".to_owned())));
         let mut rejects = Vec::new();
         let logs = access_logs(&[cel, file(None)], &mut Sink::new(&mut rejects, "Listener x"));
         assert!(!logs.is_empty());
         let [error, warning] = &rejects[..] else { panic!("{rejects:?}") };
-        assert!(error.severity == Severity::Error && error.reason.contains("response.code > 400"));
+        assert!(error.severity == Severity::Error && error.reason.contains("exists is not supported"));
         assert!(warning.severity == Severity::Warning && warning.reason.contains("%FILTER_STATE(x:PLAIN)%"));
     }
 
@@ -98,10 +101,17 @@ mod tests {
         ]);
         let filter = filter(&said).unwrap();
         let quiet = Record::new(RecordKind::Http, SystemTime::UNIX_EPOCH, Duration::ZERO);
-        assert!(!filter.holds(&quiet));
-        assert!(filter.holds(&Record { code: 400, ..quiet }));
-        assert!(filter.holds(&Record { flags: Flags::UF | Flags::URX, ..quiet }));
+        let node = NodeLabels::default();
+        let holds = |filter: &LogFilter, record: &Record<'_>| filter.holds(&Facts { record, node: &node });
+        assert!(!holds(&filter, &quiet));
+        assert!(holds(&filter, &Record { code: 400, ..quiet }));
+        assert!(holds(&filter, &Record { flags: Flags::UF | Flags::URX, ..quiet }));
         let any = LogFilter::Flags(Flags::NONE);
-        assert!(any.holds(&Record { flags: Flags::DC, ..quiet }) && !any.holds(&quiet));
+        assert!(holds(&any, &Record { flags: Flags::DC, ..quiet }) && !holds(&any, &quiet));
+        let said = model::LogFilter::Cel("response.code >= 500 || connection.mtls == false".to_owned());
+        let cel = super::filter(&said).unwrap();
+        assert!(
+            holds(&cel, &Record { code: 200, ..quiet }) && !holds(&cel, &Record { code: 200, mtls: true, ..quiet })
+        );
     }
 }

@@ -31,6 +31,7 @@ mod logs;
 mod matcher;
 mod metadata;
 pub mod path;
+mod peer_metadata;
 #[cfg(test)]
 mod property_tests;
 mod rbac;
@@ -61,6 +62,7 @@ pub use listener::{ChainInput, Inspect, Listener};
 
 pub use matcher::{HeaderMatch, QueryMatch, StringMatch, query, url_path};
 pub use metadata::Metadata;
+pub use peer_metadata::{Discovery, OwnMetadata, PeerMetadata, Propagation, TcpExchange};
 pub use proxy_config::{Name, Reject};
 pub use rbac::{Rbac, Verdict};
 pub use rbac_why::Denial;
@@ -98,9 +100,15 @@ pub struct Snapshot {
     rejects: Box<[Reject]>,
     /// One for all snapshots of a process.
     bell: Arc<KeyBell>,
+    counts_by_default: bool,
 }
 
 impl Snapshot {
+    /// Whether requests and connections are counted for Istio where no filter asks for it.
+    pub fn counts_by_default(&self) -> bool {
+        self.counts_by_default
+    }
+
     /// Listeners with a socket.
     pub fn bound(&self) -> &[Arc<Listener>] {
         &self.bound

@@ -5,10 +5,12 @@ use std::sync::Arc;
 use http::{HeaderMap, HeaderName};
 use serde_json::Value;
 
+use super::attributes::Facts;
+use super::cel::Expression;
 use super::format::{Format, Segment};
 use super::json_log::put_json_text;
 use super::operator::{Op, Wrote};
-use super::record::{Captured, Record};
+use super::record::Captured;
 use crate::error::Flags;
 
 /// Envoy's own format, when a log names none.
@@ -29,6 +31,8 @@ pub struct SaidLog<'a> {
     pub path: &'a str,
     /// What a line looks like.
     pub shape: LogShape<'a>,
+    /// What is absent is left out instead of written as `-` or null.
+    pub omit_empty: bool,
     /// Which records are written; `None`: all.
     pub filter: Option<LogFilter>,
 }
@@ -47,6 +51,8 @@ pub enum LogShape<'a> {
 /// Which records are written.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LogFilter {
+    /// It is true.
+    Expression(Expression),
     /// One of these flags is set; none given: any flag.
     Flags(Flags),
     /// The status compares.
@@ -72,16 +78,31 @@ pub enum Compare {
 
 impl LogFilter {
     /// Whether a record is written.
-    pub fn holds(&self, record: &Record<'_>) -> bool {
+    pub fn holds(&self, facts: &Facts<'_>) -> bool {
+        let record = facts.record;
         match self {
+            Self::Expression(expression) => expression.holds(facts),
             Self::Flags(wanted) if wanted.is_empty() => !record.flags.is_empty(),
             Self::Flags(wanted) => record.flags.intersects(*wanted),
             Self::Status(Compare::Eq, status) => record.code == *status,
             Self::Status(Compare::Ne, status) => record.code != *status,
             Self::Status(Compare::Ge, status) => record.code >= *status,
             Self::Status(Compare::Le, status) => record.code <= *status,
-            Self::And(all) => all.iter().all(|filter| filter.holds(record)),
-            Self::Or(some) => some.iter().any(|filter| filter.holds(record)),
+            Self::And(all) => all.iter().all(|filter| filter.holds(facts)),
+            Self::Or(some) => some.iter().any(|filter| filter.holds(facts)),
+        }
+    }
+
+    /// Request and response headers that it reads.
+    fn headers(&self, out: &mut (Vec<HeaderName>, Vec<HeaderName>)) {
+        match self {
+            Self::Expression(expression) => {
+                let (request, response) = expression.headers();
+                out.0.extend(request);
+                out.1.extend(response);
+            }
+            Self::And(parts) | Self::Or(parts) => parts.iter().for_each(|part| part.headers(out)),
+            Self::Flags(_) | Self::Status(..) => {}
         }
     }
 }
@@ -99,6 +120,8 @@ pub struct AccessLogs {
 pub(super) struct Log {
     pub(super) path: Arc<str>,
     pieces: Box<[Piece]>,
+    omit_empty: bool,
+    is_json: bool,
     filter: Option<LogFilter>,
 }
 
@@ -119,23 +142,30 @@ impl AccessLogs {
     pub fn compile<'a>(said: impl IntoIterator<Item = SaidLog<'a>>) -> (Self, Vec<String>) {
         let mut unknown = Vec::new();
         let logs: Box<[Log]> = said.into_iter().map(|said| Log::compile(said, &mut unknown)).collect();
-        let mut request_headers = vec![
+        let request_headers = vec![
             http::header::USER_AGENT,
             HeaderName::from_static("x-forwarded-for"),
             HeaderName::from_static("x-request-id"),
         ];
-        let mut response_headers = Vec::new();
+        let mut read = (request_headers, Vec::new());
         for op in logs.iter().flat_map(|log| &log.pieces).filter_map(Piece::op) {
-            request_headers.extend(op.request_headers().cloned());
-            response_headers.extend(op.response_headers().cloned());
+            op.headers(&mut read);
         }
-        let unique = |mut names: Vec<HeaderName>| {
+        logs.iter().filter_map(|log| log.filter.as_ref()).for_each(|filter| filter.headers(&mut read));
+        let logs = Self { logs, ..Self::default() };
+        (logs.reading(read), unknown)
+    }
+
+    /// The same, keeping these headers of requests and of responses too.
+    #[must_use]
+    pub fn reading(mut self, (request, response): (Vec<HeaderName>, Vec<HeaderName>)) -> Self {
+        for (kept, more) in [(&mut self.request_headers, request), (&mut self.response_headers, response)] {
+            let mut names: Vec<HeaderName> = kept.iter().cloned().chain(more).collect();
             names.sort_by(|one, other| one.as_str().cmp(other.as_str()));
             names.dedup();
-            names.into_boxed_slice()
-        };
-        let logs = Self { logs, request_headers: unique(request_headers), response_headers: unique(response_headers) };
-        (logs, unknown)
+            *kept = names.into();
+        }
+        self
     }
 
     /// Whether nothing is logged.
@@ -153,8 +183,8 @@ impl AccessLogs {
         capture(&self.response_headers, headers)
     }
 
-    pub(super) fn wanted<'a>(&'a self, record: &'a Record<'_>) -> impl Iterator<Item = &'a Log> {
-        self.logs.iter().filter(|log| log.filter.as_ref().is_none_or(|filter| filter.holds(record)))
+    pub(super) fn wanted<'a>(&'a self, facts: &'a Facts<'_>) -> impl Iterator<Item = &'a Log> {
+        self.logs.iter().filter(|log| log.filter.as_ref().is_none_or(|filter| filter.holds(facts)))
     }
 }
 
@@ -173,30 +203,55 @@ impl Log {
                 literal("\n", &mut pieces);
             }
         }
-        Self { path: canonical_path(said.path).into(), pieces: pieces.into(), filter: said.filter }
+        Self {
+            path: canonical_path(said.path).into(),
+            pieces: pieces.into(),
+            omit_empty: said.omit_empty,
+            is_json: matches!(said.shape, LogShape::Json(_)),
+            filter: said.filter,
+        }
     }
 
     /// Appends the line.
-    pub(super) fn write(&self, record: &Record<'_>, out: &mut Vec<u8>) {
+    pub(super) fn write(&self, facts: &Facts<'_>, out: &mut Vec<u8>) {
+        let start = out.len();
         for piece in &self.pieces {
             match piece {
                 Piece::Literal(text) => out.extend_from_slice(text.as_bytes()),
                 Piece::Text(op) => {
-                    if op.write(record, out) == Wrote::Nothing {
+                    if op.write(facts, out) == Wrote::Nothing && !self.omit_empty {
                         out.push(b'-');
                     }
                 }
-                Piece::Json(op) => json_value(op, record, out),
+                Piece::Json(op) => json_value(op, facts, out),
                 Piece::JsonText(op) => {
                     let mut value = Vec::new();
-                    if op.write(record, &mut value) == Wrote::Nothing {
+                    if op.write(facts, &mut value) == Wrote::Nothing {
                         value.push(b'-');
                     }
                     put_json_text(&value, out);
                 }
             }
         }
+        if self.omit_empty && self.is_json {
+            without_nulls(out, start);
+        }
     }
+}
+
+/// Takes fields that are null out of the object that begins at `start`. Only who asks for it pays for the second pass.
+fn without_nulls(out: &mut Vec<u8>, start: usize) {
+    fn prune(value: &mut Value) {
+        if let Value::Object(fields) = value {
+            fields.retain(|_, value| !value.is_null());
+            fields.values_mut().for_each(prune);
+        }
+    }
+    let Ok(mut value) = serde_json::from_slice(&out[start..]) else { return };
+    prune(&mut value);
+    out.truncate(start);
+    out.extend_from_slice(value.to_string().as_bytes());
+    out.push(b'\n');
 }
 
 pub(super) fn canonical_path(path: &str) -> &str {
@@ -212,9 +267,9 @@ impl Piece {
     }
 }
 
-fn json_value(op: &Op, record: &Record<'_>, out: &mut Vec<u8>) {
+fn json_value(op: &Op, facts: &Facts<'_>, out: &mut Vec<u8>) {
     let start = out.len();
-    match op.write(record, out) {
+    match op.write(facts, out) {
         Wrote::Nothing => out.extend_from_slice(b"null"),
         Wrote::Number => {}
         Wrote::Text => {

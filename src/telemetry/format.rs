@@ -124,7 +124,9 @@ fn operator(text: &str) -> Option<(Operator, &str)> {
     }
     let mut argument = "";
     if let Some(inner) = rest.strip_prefix('(') {
-        let close = inner.find(')')?;
+        // Expressions have parentheses of their own.
+        let ends = |at: &usize| matches!(inner.as_bytes().get(at + 1), Some(b'%' | b':'));
+        let close = inner.match_indices(')').map(|(at, _)| at).find(ends)?;
         argument = &inner[..close];
         rest = &inner[close + 1..];
     }

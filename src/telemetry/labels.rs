@@ -1,7 +1,13 @@
 //! Who called whom, as the labels of Istio's standard metrics.
 
+use std::borrow::Cow;
 use std::hash::{Hash, Hasher};
+use std::sync::Arc;
 
+use proxy_config::peer::Workload;
+
+use super::overrides::{Overrides, Values};
+use super::peer::Peer;
 use crate::error::Flags;
 
 const UNKNOWN: &str = "unknown";
@@ -25,6 +31,10 @@ pub struct NodeLabels {
     pub cluster: String,
     /// `ISTIO_VERSION`, for `istio_build`
     pub istio_version: String,
+    /// Id of the node.
+    pub id: String,
+    /// Metadata of the node, for expressions.
+    pub metadata: serde_json::Value,
 }
 
 /// Which side tells.
@@ -69,10 +79,10 @@ pub struct Labels<'a> {
     pub service: Option<Service<'a>>,
     /// Name of the cluster; used when there is no service.
     pub cluster: &'a str,
-    /// Host of the request; used outbound when there is no service.
+    /// Host of the request, where it may name the destination; used when there is no service.
     pub authority: &'a str,
-    /// `istio.workload` of the endpoint (outbound): `name;namespace;canonical service;revision;cluster`.
-    pub workload: &'a str,
+    /// What is known of the other side's workload.
+    pub peer: Option<&'a Arc<Peer>>,
     /// URI SAN of our certificate on this connection.
     pub local_principal: &'a str,
     /// URI SAN of the peer's.
@@ -83,6 +93,8 @@ pub struct Labels<'a> {
     pub grpc_status: Option<u32>,
     /// Response flags.
     pub flags: Flags,
+    /// What changes the metrics, with its values for this request or connection.
+    pub changed: Option<(&'a Arc<Overrides>, &'a Values)>,
 }
 
 /// Names of the configuration and of certificates count with their length and eight telling bytes, which costs a third
@@ -96,7 +108,7 @@ impl Hash for Labels<'_> {
             flags,
             kind,
             first_bytes(service),
-            first_bytes(self.workload),
+            self.peer.map_or(0, |peer| peer.number()),
             last_bytes(self.local_principal),
             last_bytes(self.peer_principal),
         ] {
@@ -105,6 +117,9 @@ impl Hash for Labels<'_> {
         if self.service.is_none() {
             self.cluster.hash(state);
             self.authority.hash(state);
+        }
+        if let Some(changed) = self.changed {
+            changed.hash(state);
         }
     }
 }
@@ -124,9 +139,6 @@ impl Labels<'_> {
     pub(super) fn essential(self) -> Self {
         if self.service.is_some() {
             return Self { cluster: "", authority: "", ..self };
-        }
-        if self.reporter == Reporter::Destination {
-            return Self { authority: "", ..self };
         }
         self
     }
@@ -149,6 +161,41 @@ pub(super) fn push_label(out: &mut String, name: &str, value: &str) {
     }
     out.push('"');
 }
+
+/// Istio's labels in their order.
+pub(super) const TAGS: [&str; 25] = [
+    "reporter",
+    "source_workload",
+    "source_canonical_service",
+    "source_canonical_revision",
+    "source_workload_namespace",
+    "source_principal",
+    "source_app",
+    "source_version",
+    "source_cluster",
+    "destination_workload",
+    "destination_workload_namespace",
+    "destination_principal",
+    "destination_app",
+    "destination_version",
+    "destination_service",
+    "destination_canonical_service",
+    "destination_canonical_revision",
+    "destination_service_name",
+    "destination_service_namespace",
+    "destination_cluster",
+    "request_protocol",
+    "response_code",
+    "grpc_response_status",
+    "response_flags",
+    "connection_security_policy",
+];
+
+/// Labels that say who calls whom; the others say how it ended. Messages of a stream are counted before that is known.
+pub(super) const ENDS: usize = 20;
+
+/// A label with its value.
+pub(super) type Tag<'a> = (&'a str, Cow<'a, str>);
 
 /// One end of a call, as labels want it.
 struct End<'a> {
@@ -174,18 +221,21 @@ impl<'a> End<'a> {
         }
     }
 
-    /// What endpoint metadata and the peer's identity tell; the rest would need metadata exchange.
+    /// What the peer says of itself; its namespace by its identity first, which is authenticated.
     fn peer(labels: &Labels<'a>) -> Self {
-        let mut parts = labels.workload.split(';');
-        let mut next = |absent: &'static str| parts.next().filter(|part| !part.is_empty()).unwrap_or(absent);
-        let workload = next(UNKNOWN);
-        let namespace = next("");
-        let canonical_service = next(UNKNOWN);
-        let canonical_revision = next("latest");
-        let cluster = next(UNKNOWN);
+        let said = |field: fn(&'a Workload) -> &'a str, absent: &'static str| {
+            labels.peer.map(|peer| field(peer)).filter(|text| !text.is_empty()).unwrap_or(absent)
+        };
         let of_identity = namespace_of(labels.peer_principal);
-        let namespace = if namespace.is_empty() { of_identity.unwrap_or(UNKNOWN) } else { namespace };
-        Self { workload, canonical_service, canonical_revision, namespace, app: UNKNOWN, version: UNKNOWN, cluster }
+        Self {
+            workload: said(|w| &w.workload, UNKNOWN),
+            canonical_service: said(|w| &w.service, UNKNOWN),
+            canonical_revision: said(|w| &w.revision, "latest"),
+            namespace: of_identity.unwrap_or_else(|| said(|w| &w.namespace, UNKNOWN)),
+            app: said(|w| &w.app, UNKNOWN),
+            version: said(|w| &w.version, UNKNOWN),
+            cluster: said(|w| &w.cluster, UNKNOWN),
+        }
     }
 }
 
@@ -199,99 +249,101 @@ fn namespace_of(principal: &str) -> Option<&str> {
 /// `destination_service`, `destination_service_name`, `destination_service_namespace`.
 fn destination<'a>(labels: &Labels<'a>, node: &'a NodeLabels, to: &End<'a>) -> (&'a str, &'a str, &'a str) {
     let inbound = labels.reporter == Reporter::Destination;
-    if let Some(service) = labels.service {
-        let first_label = service.host.split('.').next().unwrap_or_default();
-        let name = if service.name.is_empty() { first_label } else { service.name };
-        let namespace = match service.namespace {
-            _ if inbound => &node.namespace,
-            "" => to.namespace,
-            said => said,
-        };
-        return (service.host, name, namespace);
-    }
-    let namespace = if inbound { node.namespace.as_str() } else { to.namespace };
-    let nowhere = ["PassthroughCluster", "BlackHoleCluster", "InboundPassthroughCluster"];
-    let named = nowhere.into_iter().find(|name| labels.cluster.starts_with(name));
-    let host = match (labels.authority, named) {
-        _ if inbound => &node.canonical_service,
-        ("", Some(cluster)) => cluster,
-        ("", None) => UNKNOWN,
-        (authority, _) => authority,
+    let namespace = match labels.service.map(|service| service.namespace) {
+        _ if inbound => node.namespace.as_str(),
+        None | Some("") => to.namespace,
+        Some(said) => said,
     };
-    (host, named.unwrap_or_else(|| host.split('.').next().unwrap_or_default()), namespace)
+    let (host, name) = match labels.service {
+        Some(Service { host, name: "", .. }) => (host, host.split('.').next().unwrap_or_default()),
+        Some(service) => (service.host, service.name),
+        None => {
+            let nowhere = ["PassthroughCluster", "BlackHoleCluster", "InboundPassthroughCluster"];
+            let named = nowhere.into_iter().find(|name| labels.cluster.starts_with(name));
+            (labels.authority, named.unwrap_or(labels.authority))
+        }
+    };
+    let nobody = if inbound { node.canonical_service.as_str() } else { UNKNOWN };
+    let or_nobody = |text: &'a str| if text.is_empty() { nobody } else { text };
+    (or_nobody(host), or_nobody(name), namespace)
 }
 
-/// The label set in Istio's order.
-pub(super) fn text(labels: &Labels<'_>, node: &NodeLabels) -> String {
-    let mut out = String::with_capacity(1024);
+/// The labels with their values, in Istio's order.
+pub(super) fn tags<'a>(labels: &Labels<'a>, node: &'a NodeLabels) -> Vec<Tag<'a>> {
     let inbound = labels.reporter == Reporter::Destination;
     let (own, peer) = (End::own(node), End::peer(labels));
-    let principal = |principal: &'_ str| if principal.is_empty() { UNKNOWN } else { principal }.to_owned();
+    let principal = |principal: &'a str| if principal.is_empty() { UNKNOWN } else { principal };
     let (local, remote) = (principal(labels.local_principal), principal(labels.peer_principal));
     let (from, to) = if inbound { (peer, own) } else { (own, peer) };
     let (from_principal, to_principal) = if inbound { (remote, local) } else { (local, remote) };
     let (service, service_name, service_namespace) = destination(labels, node, &to);
-    let (security, reporter) = match labels.reporter {
-        Reporter::Source => (UNKNOWN, "source"),
-        Reporter::Destination if !labels.local_principal.is_empty() && !labels.peer_principal.is_empty() => {
-            ("mutual_tls", "destination")
-        }
-        Reporter::Destination => ("none", "destination"),
-    };
+    let ends: [&str; ENDS] = [
+        if inbound { "destination" } else { "source" },
+        from.workload,
+        from.canonical_service,
+        from.canonical_revision,
+        from.namespace,
+        from_principal,
+        from.app,
+        from.version,
+        from.cluster,
+        to.workload,
+        to.namespace,
+        to_principal,
+        to.app,
+        to.version,
+        service,
+        to.canonical_service,
+        to.canonical_revision,
+        service_name,
+        service_namespace,
+        to.cluster,
+    ];
+    let mut out: Vec<Tag<'a>> = TAGS.into_iter().zip(ends).map(|(name, value)| (name, Cow::Borrowed(value))).collect();
+    outcome(labels, &mut out);
+    out
+}
+
+/// The labels that say how it ended.
+fn outcome(labels: &Labels<'_>, out: &mut Vec<Tag<'_>>) {
     let protocol = match labels.protocol {
         Protocol::Http => "http",
         Protocol::Grpc => "grpc",
         Protocol::Tcp => "tcp",
     };
-    for (name, value) in [
-        ("reporter", reporter),
-        ("source_workload", from.workload),
-        ("source_canonical_service", from.canonical_service),
-        ("source_canonical_revision", from.canonical_revision),
-        ("source_workload_namespace", from.namespace),
-        ("source_principal", &from_principal),
-        ("source_app", from.app),
-        ("source_version", from.version),
-        ("source_cluster", from.cluster),
-        ("destination_workload", to.workload),
-        ("destination_workload_namespace", to.namespace),
-        ("destination_principal", &to_principal),
-        ("destination_app", to.app),
-        ("destination_version", to.version),
-        ("destination_service", service),
-        ("destination_canonical_service", to.canonical_service),
-        ("destination_canonical_revision", to.canonical_revision),
-        ("destination_service_name", service_name),
-        ("destination_service_namespace", service_namespace),
-        ("destination_cluster", to.cluster),
-        ("request_protocol", protocol),
-    ] {
+    out.push(("request_protocol", protocol.into()));
+    if labels.protocol != Protocol::Tcp {
+        out.push(("response_code", labels.code.to_string().into()));
+        let grpc = labels.grpc_status.filter(|_| labels.protocol == Protocol::Grpc);
+        out.push(("grpc_response_status", grpc.map(|status| status.to_string()).unwrap_or_default().into()));
+    }
+    out.push(("response_flags", labels.flags.to_string().into()));
+    let security = match labels.reporter {
+        Reporter::Source => UNKNOWN,
+        Reporter::Destination if !labels.local_principal.is_empty() && !labels.peer_principal.is_empty() => {
+            "mutual_tls"
+        }
+        Reporter::Destination => "none",
+    };
+    out.push(("connection_security_policy", security.into()));
+}
+
+/// Labels as text.
+pub(super) fn text(tags: &[Tag<'_>]) -> String {
+    let mut out = String::with_capacity(1024);
+    for (name, value) in tags {
         push_label(&mut out, name, value);
     }
-    if labels.protocol != Protocol::Tcp {
-        push_label(&mut out, "response_code", &labels.code.to_string());
-        let grpc = labels.grpc_status.filter(|_| labels.protocol == Protocol::Grpc);
-        push_label(&mut out, "grpc_response_status", &grpc.map(|status| status.to_string()).unwrap_or_default());
-    }
-    push_label(&mut out, "response_flags", &labels.flags.to_string());
-    push_label(&mut out, "connection_security_policy", security);
     out
 }
 
-/// The label set of everything past the cap: the reporter is told, the rest reads `overflow`.
-pub(super) fn overflow_text(labels: &Labels<'_>) -> String {
+/// The labels of everything past the cap: the reporter is told, the rest reads `overflow`.
+pub(super) fn overflowed<'a>(labels: &Labels<'a>) -> Vec<Tag<'a>> {
     let node = NodeLabels::default();
-    let mut out = String::new();
-    for pair in text(labels, &node).split("\",") {
-        let name = pair.split('=').next().unwrap_or_default();
-        let value = match labels.reporter {
-            Reporter::Source if name == "reporter" => "source",
-            Reporter::Destination if name == "reporter" => "destination",
-            _ => "overflow",
-        };
-        push_label(&mut out, name, value);
-    }
-    out
+    let known = tags(labels, &node).into_iter().map(|(name, _)| name);
+    let reporter = if labels.reporter == Reporter::Source { "source" } else { "destination" };
+    let known: Vec<&'static str> = known.filter_map(|name| TAGS.into_iter().find(|tag| *tag == name)).collect();
+    known.into_iter().map(|name| (name, if name == "reporter" { reporter } else { "overflow" }.into())).collect()
 }
 
 #[cfg(test)]

@@ -4,16 +4,20 @@
 
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use crossbeam_utils::CachePadded;
 use hashbrown::HashMap;
+use tokio::time::Instant;
 
+use super::custom_series::{CustomSeries, expose_custom};
 use super::expose::{Sample, Value};
 use super::histogram::{Histogram, Merged};
 use super::labels::{Labels, NodeLabels};
-
+use super::overrides::{Overrides, Values};
 use super::recorder::Process;
-use super::series::{self, Cache, RequestSeries, Sizes, TcpReport, TcpSeries};
+use super::series::{self, Cache, MessageSeries, Moving, RequestSeries, Sizes, TcpReport, TcpSeries};
+use crate::error::Flags;
 
 /// A number that only grows.
 #[derive(Debug, Default)]
@@ -245,6 +249,17 @@ cells! {
     }
 }
 
+cells! {
+    /// `metadata_exchange.*` on one worker: peer metadata on TCP.
+    ExchangeMetrics {
+        counter found: "alpn_protocol_found", "Connections on which it was agreed.";
+        counter not_found: "alpn_protocol_not_found", "Connections on which it was not.";
+        counter added: "metadata_added", "Connections on which ours was sent.";
+        counter no_header: "initial_header_not_found", "Peers that agreed and did not begin with a frame.";
+        counter garbage: "header_not_found", "Frames that were not understood.";
+    }
+}
+
 macro_rules! by_status {
     ($name:ident) => {
         impl $name {
@@ -279,7 +294,11 @@ pub struct Shard {
     http: Blocks<HttpMetrics>,
     tcp: Blocks<TcpMetrics>,
     requests: Cache<RequestSeries>,
+    messages: Cache<MessageSeries>,
     connections: Cache<TcpSeries>,
+    custom: CustomSeries,
+    /// Peer metadata on TCP.
+    pub exchange: CachePadded<ExchangeMetrics>,
 }
 
 /// A lock whose holders never panic half way through a change.
@@ -306,7 +325,10 @@ impl Shard {
             http: Blocks::default(),
             tcp: Blocks::default(),
             requests: Cache::default(),
+            messages: Cache::default(),
             connections: Cache::default(),
+            custom: CustomSeries::default(),
+            exchange: CachePadded::default(),
         }
     }
 
@@ -333,11 +355,33 @@ impl Shard {
     /// Counts a finished request under Istio's labels.
     pub fn record_request(&self, labels: &Labels<'_>, sizes: Sizes) {
         self.requests.with(labels, &self.node, |series| series.record(sizes));
+        if let Some((overrides, values)) = labels.changed {
+            self.custom.record(overrides, values);
+        }
     }
 
-    /// Counts an opened TCP connection; dropping the report counts it closed.
-    pub fn open_tcp(&self, labels: &Labels<'_>) -> TcpReport {
-        TcpReport::open(self.connections.handle(labels, &self.node))
+    /// Counts messages of a gRPC stream: those of its request, those of its response.
+    pub fn record_messages(&self, labels: &Labels<'_>, (request, response): (u64, u64)) {
+        let early = Labels { code: 0, grpc_status: None, flags: Flags::NONE, ..*labels };
+        self.messages.with(&early, &self.node, |series| {
+            series.request.add(request);
+            series.response.add(response);
+        });
+    }
+
+    /// Counts an opened TCP connection, whose bytes are asked of it; dropping the report counts it closed.
+    pub fn open_tcp(&self, labels: &Labels<'_>, connection: Arc<dyn Moving>) -> TcpReport {
+        TcpReport::open(self.connections.handle(labels, &self.node), connection)
+    }
+
+    /// Counts what a configuration defines itself, at the end of a request or connection.
+    pub fn record_custom(&self, overrides: &Overrides, values: &Values) {
+        self.custom.record(overrides, values);
+    }
+
+    /// Who we are in labels.
+    pub fn node(&self) -> &NodeLabels {
+        &self.node
     }
 }
 
@@ -383,6 +427,10 @@ impl Telemetry {
         gather("listener", ListenerMetrics::TABLE, shards.iter().map(|s| &s.listeners), &mut out);
         gather("http", HttpMetrics::TABLE, shards.iter().map(|s| &s.http), &mut out);
         gather("tcp", TcpMetrics::TABLE, shards.iter().map(|s| &s.tcp), &mut out);
+        for cell in ExchangeMetrics::TABLE {
+            let value = sum(shards.iter().map(|shard| (cell.read)(&shard.exchange)));
+            out.push(Sample { scope: "metadata_exchange", instance: "".into(), name: cell.name.into(), value });
+        }
         out
     }
 
@@ -390,7 +438,18 @@ impl Telemetry {
     pub fn istio_families(&self, out: &mut String) {
         let shards = lock(&self.shards).clone();
         series::expose_requests(shards.iter().map(|s| &s.requests), out);
+        series::expose_messages(shards.iter().map(|s| &s.messages), out);
         series::expose_tcp(shards.iter().map(|s| &s.connections), out);
+        expose_custom(shards.iter().map(|s| &s.custom), out);
+    }
+
+    /// Forgets Istio's series that were not used for so long; looks only, so call it more often than that.
+    pub fn forget(&self, limit: Duration, now: Instant) {
+        for shard in lock(&self.shards).iter() {
+            shard.requests.forget(limit, now);
+            shard.messages.forget(limit, now);
+            shard.connections.forget(limit, now);
+        }
     }
 }
 

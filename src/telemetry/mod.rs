@@ -15,7 +15,11 @@
 //! ```
 
 mod access_log;
+mod attributes;
+mod cel;
+mod cel_parse;
 mod clock;
+mod custom_series;
 mod expose;
 mod format;
 mod histogram;
@@ -24,18 +28,26 @@ mod labels;
 pub mod logging;
 mod metrics;
 mod operator;
+mod overrides;
+mod peer;
 mod record;
 mod recorder;
 mod series;
 mod sink;
 
 pub use access_log::{AccessLogs, Compare, LogFilter, LogShape, SaidLog};
+pub use attributes::Facts;
+pub use cel::{CelValue, Expression, Undefined};
 pub use expose::{Sample, StatsQuery, Value, render_json, render_prometheus, render_text};
 pub use format::{Format, Operator, Segment};
 pub use histogram::Histogram;
 pub use labels::{Labels, NodeLabels, Protocol, Reporter, Service};
-pub use metrics::{ClusterMetrics, Counter, Gauge, HttpMetrics, ListenerMetrics, Shard, TcpMetrics, Telemetry};
+pub use metrics::{
+    ClusterMetrics, Counter, ExchangeMetrics, Gauge, HttpMetrics, ListenerMetrics, Shard, TcpMetrics, Telemetry,
+};
+pub use overrides::{Metric, Overrides, Stats, Values};
+pub use peer::{Additional, Peer, Peers};
 pub use record::{Captured, Headers, Record, RecordKind};
 pub use recorder::{Process, Recorder};
-pub use series::{Sizes, TcpReport};
+pub use series::{Moving, Sizes, TcpReport};
 pub use sink::{LogOptions, LogSink, Logs};

@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use http::HeaderName;
 
+use super::attributes::Facts;
+use super::cel::{CelValue, Expression};
 use super::clock::{TimePiece, time_format, write_time};
 use super::format::Operator;
 use super::record::{Headers, Record};
@@ -29,6 +31,8 @@ enum What {
     Address(Address, Shape),
     /// A constant of the process.
     Constant(Box<str>),
+    /// What an expression says.
+    Expression(Expression),
     /// Known to Envoy, not to us: always absent.
     Absent,
 }
@@ -118,22 +122,24 @@ impl Op {
         (Self { what, max: said.max }, unknown)
     }
 
-    /// Request headers that it reads.
-    pub(super) fn request_headers(&self) -> impl Iterator<Item = &HeaderName> {
-        let sources: &[Source] = if let What::Request(sources) = &self.what { sources } else { &[] };
-        sources.iter().filter_map(Source::header)
-    }
-
-    /// Response headers that it reads.
-    pub(super) fn response_headers(&self) -> impl Iterator<Item = &HeaderName> {
-        let sources: &[Source] = if let What::Response(sources) = &self.what { sources } else { &[] };
-        sources.iter().filter_map(Source::header)
+    /// Request and response headers that it reads.
+    pub(super) fn headers(&self, out: &mut (Vec<HeaderName>, Vec<HeaderName>)) {
+        match &self.what {
+            What::Request(sources) => out.0.extend(sources.iter().filter_map(Source::header).cloned()),
+            What::Response(sources) => out.1.extend(sources.iter().filter_map(Source::header).cloned()),
+            What::Expression(expression) => {
+                let (request, response) = expression.headers();
+                out.0.extend(request);
+                out.1.extend(response);
+            }
+            _ => {}
+        }
     }
 
     /// Appends the value.
-    pub(super) fn write(&self, record: &Record<'_>, out: &mut Vec<u8>) -> Wrote {
+    pub(super) fn write(&self, facts: &Facts<'_>, out: &mut Vec<u8>) -> Wrote {
         let start = out.len();
-        let wrote = self.what.write(record, out);
+        let wrote = self.what.write(facts, out);
         if let Some(max) = self.max
             && out.len() > start + max
         {
@@ -171,12 +177,24 @@ impl What {
             "RESPONSE_FLAGS" => Some(Self::Flags),
             "GRPC_STATUS" => Some(Self::GrpcStatus),
             "HOSTNAME" => Some(Self::Constant(hostname().into())),
+            "CEL" => Expression::compile(argument).ok().map(Self::Expression),
+            "FILTER_STATE" => filter_state(argument),
             _ => None,
         }
     }
 
-    fn write(&self, record: &Record<'_>, out: &mut Vec<u8>) -> Wrote {
+    fn write(&self, facts: &Facts<'_>, out: &mut Vec<u8>) -> Wrote {
+        let record = facts.record;
         match self {
+            Self::Expression(expression) => match expression.value(facts) {
+                Ok(value) => {
+                    let mut text = String::new();
+                    value.print(&mut text);
+                    put(&text, out);
+                    if matches!(value, CelValue::Int(_) | CelValue::Double(_)) { Wrote::Number } else { Wrote::Text }
+                }
+                Err(_) => Wrote::Nothing,
+            },
             Self::StartTime(pieces) => {
                 write_time(record.start, pieces, out);
                 Wrote::Text
@@ -202,6 +220,18 @@ impl What {
             Self::Absent => Wrote::Nothing,
         }
     }
+}
+
+/// `upstream_peer:FIELD:workload`: a field of what the other proxy said of its workload.
+fn filter_state(argument: &str) -> Option<What> {
+    let mut parts = argument.split(':');
+    let (object, "FIELD", field) = (parts.next()?, parts.next()?, parts.next()?) else { return None };
+    if !matches!(object, "upstream_peer" | "downstream_peer")
+        || !field.bytes().all(|b| b.is_ascii_lowercase() || b == b'_')
+    {
+        return None;
+    }
+    Expression::compile(&format!("filter_state.{object}.{field}")).ok().map(What::Expression)
 }
 
 fn text(name: &str, argument: &str) -> Option<Text> {
@@ -432,7 +462,7 @@ fn hostname() -> String {
 }
 
 /// gRPC's status names as Envoy prints them.
-fn grpc_name(status: u32) -> &'static str {
+pub(super) fn grpc_name(status: u32) -> &'static str {
     const NAMES: [&str; 17] = [
         "OK",
         "Canceled",

@@ -1,11 +1,13 @@
 //! The facts of one request or connection, borrowed from whoever knows them.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 use smallvec::SmallVec;
 
+use super::peer::Peer;
 use crate::error::Flags;
 
 /// What a record tells of.
@@ -115,6 +117,12 @@ pub struct Record<'a> {
     pub tls_cipher: &'a str,
     /// Number of the client connection.
     pub connection_id: u64,
+    /// We are the client's proxy.
+    pub outbound: bool,
+    /// The client presented a certificate.
+    pub mtls: bool,
+    /// What the other proxy said of its workload: the server's outbound, the client's inbound.
+    pub peer: Option<&'a Arc<Peer>>,
 }
 
 impl Record<'_> {
@@ -162,6 +170,9 @@ impl Record<'_> {
             tls_version: "",
             tls_cipher: "",
             connection_id: 0,
+            outbound: false,
+            mtls: false,
+            peer: None,
         }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Label sets are found by their small facts (cluster's service, peer, status, flags), not by their text, which is made
 //! once. A hard cap bounds what strange peers and hosts can cost: past it, everything new counts in one series whose
-//! labels read `overflow`.
+//! labels read `overflow`. Series that nothing was counted in for long can be forgotten.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -11,14 +11,17 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use hashbrown::{Equivalent, HashMap};
+use tokio::time::Instant;
 
 use super::histogram::{Histogram, Merged};
-use super::labels::{Labels, NodeLabels, Protocol, Reporter, Service, overflow_text, text};
+use super::labels::{ENDS, Labels, NodeLabels, Protocol, Reporter, Service, Tag, overflowed, tags, text};
 use super::metrics::{Counter, lock};
+use super::overrides::{Metric, Overrides, Values};
+use super::peer::Peer;
 use crate::error::Flags;
 
 /// Most label sets of one kind on one worker: about 8 KB each with text, key and three histograms.
-const CAP: usize = 2048;
+pub(super) const CAP: usize = 2048;
 
 /// Sizes and time of a request.
 #[derive(Debug, Clone, Copy, Default)]
@@ -31,6 +34,16 @@ pub struct Sizes {
     pub response_bytes: u64,
 }
 
+/// Cells that belong to families.
+pub(super) trait Cells: Default {
+    /// The families.
+    const METRICS: &'static [Metric];
+    /// Labels of how it ended are told.
+    const OUTCOME: bool;
+    /// A number that grows whenever something is counted.
+    fn count(&self) -> u64;
+}
+
 /// Cells of one label set for requests.
 #[derive(Debug, Default)]
 pub(super) struct RequestSeries {
@@ -40,6 +53,16 @@ pub(super) struct RequestSeries {
     response_bytes: Histogram,
 }
 
+impl Cells for RequestSeries {
+    const METRICS: &'static [Metric] =
+        &[Metric::RequestsTotal, Metric::RequestDuration, Metric::RequestBytes, Metric::ResponseBytes];
+    const OUTCOME: bool = true;
+
+    fn count(&self) -> u64 {
+        self.duration.count()
+    }
+}
+
 impl RequestSeries {
     /// For whoever holds the cache's lock, which keeps other writers away.
     pub(super) fn record(&self, sizes: Sizes) {
@@ -47,9 +70,21 @@ impl RequestSeries {
         self.request_bytes.record_alone(sizes.request_bytes);
         self.response_bytes.record_alone(sizes.response_bytes);
     }
+}
 
-    fn total(&self) -> u64 {
-        self.duration.count()
+/// Messages of gRPC streams.
+#[derive(Debug, Default)]
+pub(super) struct MessageSeries {
+    pub(super) request: Counter,
+    pub(super) response: Counter,
+}
+
+impl Cells for MessageSeries {
+    const METRICS: &'static [Metric] = &[Metric::RequestMessages, Metric::ResponseMessages];
+    const OUTCOME: bool = false;
+
+    fn count(&self) -> u64 {
+        self.request.value() + self.response.value()
     }
 }
 
@@ -58,47 +93,119 @@ impl RequestSeries {
 pub(super) struct TcpSeries {
     opened: Counter,
     closed: Counter,
-    sent: Counter,
-    received: Counter,
+    live: Mutex<Live>,
+}
+
+/// What is open, so that bytes are known while they move: nobody has to report them from time to time.
+#[derive(Debug, Default)]
+struct Live {
+    open: Vec<Option<Arc<dyn Moving>>>,
+    free: Vec<usize>,
+    /// Of connections that have ended.
+    sent: u64,
+    received: u64,
+}
+
+/// Bytes of a connection so far.
+pub trait Moving: std::fmt::Debug + Send + Sync {
+    /// Sent to the client, received from it.
+    fn moved(&self) -> (u64, u64);
+}
+
+impl Cells for TcpSeries {
+    const METRICS: &'static [Metric] = &[Metric::TcpOpened, Metric::TcpClosed, Metric::TcpSent, Metric::TcpReceived];
+    const OUTCOME: bool = true;
+
+    fn count(&self) -> u64 {
+        let (sent, received) = self.moved();
+        self.opened.value() + self.closed.value() + sent + received
+    }
+}
+
+impl TcpSeries {
+    fn moved(&self) -> (u64, u64) {
+        let live = lock(&self.live);
+        let open = live.open.iter().flatten().map(|connection| connection.moved());
+        open.fold((live.sent, live.received), |(sent, received), (s, r)| (sent + s, received + r))
+    }
 }
 
 /// An open TCP connection in the metrics; dropped when it is closed.
 #[derive(Debug)]
-pub struct TcpReport(Arc<Series<TcpSeries>>);
+pub struct TcpReport {
+    series: Arc<Series<TcpSeries>>,
+    place: usize,
+}
 
 impl TcpReport {
-    pub(super) fn open(series: Arc<Series<TcpSeries>>) -> Self {
+    pub(super) fn open(series: Arc<Series<TcpSeries>>, connection: Arc<dyn Moving>) -> Self {
         series.cells.opened.inc();
-        Self(series)
-    }
-
-    /// Bytes since the last call: `sent` to the client, `received` from it.
-    pub fn bytes(&self, sent: u64, received: u64) {
-        self.0.cells.sent.add(sent);
-        self.0.cells.received.add(received);
+        let mut live = lock(&series.cells.live);
+        let place = match live.free.pop() {
+            Some(free) => {
+                live.open[free] = Some(connection);
+                free
+            }
+            None => {
+                live.open.push(Some(connection));
+                live.open.len() - 1
+            }
+        };
+        drop(live);
+        Self { series, place }
     }
 }
 
 impl Drop for TcpReport {
     fn drop(&mut self) {
-        self.0.cells.closed.inc();
+        let mut live = lock(&self.series.cells.live);
+        if let Some(connection) = live.open[self.place].take() {
+            let (sent, received) = connection.moved();
+            live.sent += sent;
+            live.received += received;
+            live.free.push(self.place);
+        }
+        self.series.cells.closed.inc();
     }
 }
 
 /// Cells with their label text.
 #[derive(Debug)]
 pub(super) struct Series<T> {
+    /// The standard labels.
     text: Box<str>,
-    cells: T,
+    /// Labels by family where configuration changes them; `None`: the family is left out.
+    changed: Option<Box<[Option<Box<str>>]>>,
+    pub(super) cells: T,
+}
+
+impl<T: Cells> Series<T> {
+    fn new(mut standard: Vec<Tag<'_>>, changed: Option<(&Arc<Overrides>, &Values)>) -> Self {
+        if !T::OUTCOME {
+            standard.truncate(ENDS);
+        }
+        let changed = changed.map(|(overrides, values)| {
+            let of = |metric: &Metric| Some(text(&overrides.apply(*metric, &standard, values)?).into());
+            T::METRICS.iter().map(of).collect()
+        });
+        Self { text: text(&standard).into(), changed, cells: T::default() }
+    }
+
+    /// Labels in a family; `None`: it is left out.
+    fn text(&self, metric: Metric) -> Option<&str> {
+        let Some(changed) = &self.changed else { return Some(&self.text) };
+        let at = T::METRICS.iter().position(|known| *known == metric)?;
+        changed[at].as_deref()
+    }
 }
 
 /// Series of one worker by the facts of their labels.
 #[derive(Debug)]
 pub(super) struct Cache<T> {
-    /// The worker's own; the reader never asks for this lock.
+    /// The worker's own; others ask for this lock only to forget.
     by_facts: Mutex<Known<T>>,
     /// For the reader; the worker asks only when a series is new.
-    all: Mutex<Vec<Arc<Series<T>>>>,
+    all: Mutex<Vec<Seen<T>>>,
 }
 
 #[derive(Debug)]
@@ -108,6 +215,14 @@ struct Known<T> {
     overflow: [Option<Arc<Series<T>>>; 2],
 }
 
+/// A series with what was in it when somebody last looked whether it is still used.
+#[derive(Debug)]
+struct Seen<T> {
+    series: Arc<Series<T>>,
+    count: u64,
+    since: Option<Instant>,
+}
+
 impl<T> Default for Cache<T> {
     fn default() -> Self {
         let known = Known { series: HashMap::default(), overflow: [None, None] };
@@ -115,7 +230,7 @@ impl<T> Default for Cache<T> {
     }
 }
 
-impl<T: Default> Cache<T> {
+impl<T: Cells> Cache<T> {
     /// Calls `count` with the cells of these labels.
     pub(super) fn with(&self, labels: &Labels<'_>, node: &NodeLabels, count: impl FnOnce(&T)) {
         let essential = labels.essential();
@@ -137,18 +252,47 @@ impl<T: Default> Cache<T> {
     }
 
     fn learn(&self, known: &mut Known<T>, labels: &Labels<'_>, node: &NodeLabels) -> Arc<Series<T>> {
-        let make = |text: String| {
-            let series = Arc::new(Series { text: text.into(), cells: T::default() });
-            lock(&self.all).push(Arc::clone(&series));
+        let keep = |series: Series<T>| {
+            let series = Arc::new(series);
+            lock(&self.all).push(Seen { series: Arc::clone(&series), count: 0, since: None });
             series
         };
         if known.series.len() >= CAP {
             let slot = &mut known.overflow[labels.reporter as usize];
-            return Arc::clone(slot.get_or_insert_with(|| make(overflow_text(labels))));
+            return Arc::clone(slot.get_or_insert_with(|| keep(Series::new(overflowed(labels), None))));
         }
-        let series = make(text(labels, node));
+        let series = keep(Series::new(tags(labels, node), labels.changed));
         known.series.insert(Owned::new(labels), Arc::clone(&series));
         series
+    }
+
+    /// Forgets series that nothing was counted in since `limit` ago, as far as was seen by calls of this. What is in use
+    /// and what collects the overflow stays.
+    pub(super) fn forget(&self, limit: Duration, now: Instant) {
+        let mut known = lock(&self.by_facts);
+        let mut all = lock(&self.all);
+        let mut gone: Vec<Arc<Series<T>>> = Vec::new();
+        all.retain_mut(|seen| {
+            let count = seen.series.cells.count();
+            let since = *seen.since.get_or_insert(now);
+            if count != seen.count {
+                seen.count = count;
+                seen.since = Some(now);
+                return true;
+            }
+            // One reference here, one in the map.
+            let stays = now.saturating_duration_since(since) < limit || Arc::strong_count(&seen.series) > 2;
+            if !stays {
+                gone.push(Arc::clone(&seen.series));
+            }
+            stays
+        });
+        if !gone.is_empty() {
+            known.series.retain(|_, series| !gone.iter().any(|gone| Arc::ptr_eq(gone, series)));
+            for slot in &mut known.overflow {
+                *slot = slot.take().filter(|series| !gone.iter().any(|gone| Arc::ptr_eq(gone, series)));
+            }
+        }
     }
 }
 
@@ -157,8 +301,10 @@ impl<T: Default> Cache<T> {
 struct Owned {
     texts: Box<str>,
     /// Ends of the texts.
-    ends: [u32; 8],
+    ends: [u32; 7],
     has_service: bool,
+    peer: Option<Arc<Peer>>,
+    changed: Option<(Arc<Overrides>, Values)>,
     rest: (Reporter, Protocol, u16, Option<u32>, Flags),
 }
 
@@ -171,7 +317,6 @@ impl Owned {
             service.namespace,
             labels.cluster,
             labels.authority,
-            labels.workload,
             labels.local_principal,
             labels.peer_principal,
         ];
@@ -184,6 +329,8 @@ impl Owned {
             texts: parts.concat().into(),
             ends,
             has_service: labels.service.is_some(),
+            peer: labels.peer.cloned(),
+            changed: labels.changed.map(|(overrides, values)| (Arc::clone(overrides), values.clone())),
             rest: (labels.reporter, labels.protocol, labels.code, labels.grpc_status, labels.flags),
         }
     }
@@ -201,12 +348,13 @@ impl Owned {
             service: self.has_service.then_some(service),
             cluster: self.part(3),
             authority: self.part(4),
-            workload: self.part(5),
-            local_principal: self.part(6),
-            peer_principal: self.part(7),
+            peer: self.peer.as_ref(),
+            local_principal: self.part(5),
+            peer_principal: self.part(6),
             code: self.rest.2,
             grpc_status: self.rest.3,
             flags: self.rest.4,
+            changed: self.changed.as_ref().map(|(overrides, values)| (overrides, values)),
         }
     }
 }
@@ -234,18 +382,21 @@ impl Equivalent<Owned> for Labels<'_> {
 type ByText<'a, T> = BTreeMap<&'a str, Vec<&'a T>>;
 
 fn all<'a, T: 'a>(caches: impl Iterator<Item = &'a Cache<T>>) -> Vec<Arc<Series<T>>> {
-    caches.flat_map(|cache| lock(&cache.all).clone()).collect()
+    caches.flat_map(|cache| lock(&cache.all).iter().map(|seen| Arc::clone(&seen.series)).collect::<Vec<_>>()).collect()
 }
 
-fn by_text<T>(series: &[Arc<Series<T>>]) -> ByText<'_, T> {
+fn by_text<T: Cells>(series: &[Arc<Series<T>>], metric: Metric) -> ByText<'_, T> {
     let mut out = ByText::new();
     for one in series {
-        out.entry(&one.text).or_default().push(&one.cells);
+        if let Some(text) = one.text(metric) {
+            out.entry(text).or_default().push(&one.cells);
+        }
     }
     out
 }
 
-fn counter<T>(out: &mut String, name: &str, series: &ByText<'_, T>, read: fn(&T) -> u64) {
+fn counter<T: Cells>(out: &mut String, metric: Metric, series: &[Arc<Series<T>>], read: fn(&T) -> u64) {
+    let (series, name) = (by_text(series, metric), metric.family());
     if series.is_empty() {
         return;
     }
@@ -257,7 +408,8 @@ fn counter<T>(out: &mut String, name: &str, series: &ByText<'_, T>, read: fn(&T)
     }
 }
 
-fn histogram<T>(out: &mut String, name: &str, series: &ByText<'_, T>, read: fn(&T) -> &Histogram) {
+fn histogram<T: Cells>(out: &mut String, metric: Metric, series: &[Arc<Series<T>>], read: fn(&T) -> &Histogram) {
+    let (series, name) = (by_text(series, metric), metric.family());
     if series.is_empty() {
         return;
     }
@@ -272,21 +424,26 @@ fn histogram<T>(out: &mut String, name: &str, series: &ByText<'_, T>, read: fn(&
 /// The request families of all workers.
 pub(super) fn expose_requests<'a>(caches: impl Iterator<Item = &'a Cache<RequestSeries>>, out: &mut String) {
     let series = all(caches);
-    let series = by_text(&series);
-    counter(out, "istio_requests_total", &series, RequestSeries::total);
-    histogram(out, "istio_request_duration_milliseconds", &series, |s| &s.duration);
-    histogram(out, "istio_request_bytes", &series, |s| &s.request_bytes);
-    histogram(out, "istio_response_bytes", &series, |s| &s.response_bytes);
+    counter(out, Metric::RequestsTotal, &series, Cells::count);
+    histogram(out, Metric::RequestDuration, &series, |s| &s.duration);
+    histogram(out, Metric::RequestBytes, &series, |s| &s.request_bytes);
+    histogram(out, Metric::ResponseBytes, &series, |s| &s.response_bytes);
+}
+
+/// The message families of all workers.
+pub(super) fn expose_messages<'a>(caches: impl Iterator<Item = &'a Cache<MessageSeries>>, out: &mut String) {
+    let series = all(caches);
+    counter(out, Metric::RequestMessages, &series, |s| s.request.value());
+    counter(out, Metric::ResponseMessages, &series, |s| s.response.value());
 }
 
 /// The TCP families of all workers.
 pub(super) fn expose_tcp<'a>(caches: impl Iterator<Item = &'a Cache<TcpSeries>>, out: &mut String) {
     let series = all(caches);
-    let series = by_text(&series);
-    counter(out, "istio_tcp_connections_opened_total", &series, |s| s.opened.value());
-    counter(out, "istio_tcp_connections_closed_total", &series, |s| s.closed.value());
-    counter(out, "istio_tcp_sent_bytes_total", &series, |s| s.sent.value());
-    counter(out, "istio_tcp_received_bytes_total", &series, |s| s.received.value());
+    counter(out, Metric::TcpOpened, &series, |s| s.opened.value());
+    counter(out, Metric::TcpClosed, &series, |s| s.closed.value());
+    counter(out, Metric::TcpSent, &series, |s| s.moved().0);
+    counter(out, Metric::TcpReceived, &series, |s| s.moved().1);
 }
 
 #[cfg(test)]

@@ -52,24 +52,81 @@ fn past_the_cap_everything_new_is_one_series_for_each_reporter() {
     assert!(known.unwrap().ends_with(" 2"));
 }
 
+/// A connection whose bytes the test moves.
+#[derive(Debug, Default)]
+struct Bytes(std::sync::atomic::AtomicU64);
+
+impl Moving for Bytes {
+    fn moved(&self) -> (u64, u64) {
+        let received = self.0.load(std::sync::atomic::Ordering::Relaxed);
+        (2 * received, received)
+    }
+}
+
+fn total(telemetry: &Telemetry, name: &str) -> Option<String> {
+    let mut out = String::new();
+    telemetry.istio_families(&mut out);
+    let line = out.lines().find(|l| l.starts_with(name))?;
+    Some(line.rsplit(' ').next().unwrap().to_owned())
+}
+
 #[test]
-fn tcp_connections_are_counted_when_they_open_and_when_they_end() {
+fn tcp_connections_are_counted_while_they_are_open_and_when_they_end() {
     let telemetry = Telemetry::new(node());
     let shard = telemetry.shard();
-    let report = shard.open_tcp(&Labels { protocol: Protocol::Tcp, ..outbound() });
-    report.bytes(12, 6);
-    report.bytes(12, 6);
-    let total = |name: &str| {
-        let mut out = String::new();
-        telemetry.istio_families(&mut out);
-        out.lines().find(|l| l.starts_with(name)).unwrap().rsplit(' ').next().unwrap().to_owned()
-    };
-    assert_eq!(total("istio_tcp_connections_opened_total{"), "1");
-    assert_eq!(total("istio_tcp_connections_closed_total{"), "0");
+    let labels = Labels { protocol: Protocol::Tcp, ..outbound() };
+    let (one, other) = (Arc::new(Bytes::default()), Arc::new(Bytes::default()));
+    let report = shard.open_tcp(&labels, Arc::clone(&one) as _);
+    let second = shard.open_tcp(&labels, Arc::clone(&other) as _);
+    let total = |name: &str| total(&telemetry, name).unwrap();
+    let bytes = || (total("istio_tcp_sent_bytes_total{"), total("istio_tcp_received_bytes_total{"));
+    assert_eq!(total("istio_tcp_connections_opened_total{"), "2");
+    one.0.store(6, std::sync::atomic::Ordering::Relaxed);
+    assert_eq!(bytes(), ("12".into(), "6".into()));
     drop(report);
+    other.0.store(4, std::sync::atomic::Ordering::Relaxed);
     assert_eq!(total("istio_tcp_connections_closed_total{"), "1");
-    assert_eq!(
-        (total("istio_tcp_sent_bytes_total{"), total("istio_tcp_received_bytes_total{")),
-        ("24".into(), "12".into())
-    );
+    assert_eq!(bytes(), ("20".into(), "10".into()));
+    // A place that was given back is used again.
+    let third = shard.open_tcp(&labels, one as _);
+    assert_eq!((third.place, lock(&third.series.cells.live).open.len()), (0, 2));
+    drop(second);
+}
+
+#[test]
+fn messages_know_nothing_of_the_end() {
+    let telemetry = Telemetry::new(node());
+    let shard = telemetry.shard();
+    let grpc = Labels { protocol: Protocol::Grpc, ..outbound() };
+    shard.record_messages(&grpc, (3, 13));
+    shard.record_messages(&Labels { code: 500, grpc_status: Some(2), flags: Flags::UC, ..grpc }, (5, 14));
+    let mut out = String::new();
+    telemetry.istio_families(&mut out);
+    let line = out.lines().find(|l| l.starts_with("istio_request_messages_total{")).unwrap();
+    assert!(line.ends_with(" 8") && !line.contains("response_code") && line.contains("destination_cluster"), "{line}");
+    assert_eq!(total(&telemetry, "istio_response_messages_total{").unwrap(), "27");
+}
+
+#[test]
+fn what_is_not_used_is_forgotten() {
+    let telemetry = Telemetry::new(node());
+    let shard = telemetry.shard();
+    let (limit, start) = (Duration::from_secs(10), Instant::now());
+    let tcp = Labels { protocol: Protocol::Tcp, ..outbound() };
+    let open = shard.open_tcp(&tcp, Arc::new(Bytes::default()));
+    let at = |seconds| start + Duration::from_secs(seconds);
+    shard.record_request(&outbound(), Sizes::default());
+    telemetry.forget(limit, at(0));
+    telemetry.forget(limit, at(9));
+    assert_eq!(total(&telemetry, "istio_requests_total{").as_deref(), Some("1"));
+    shard.record_request(&outbound(), Sizes::default());
+    telemetry.forget(limit, at(11));
+    telemetry.forget(limit, at(20));
+    assert_eq!(total(&telemetry, "istio_requests_total{").as_deref(), Some("2"));
+    telemetry.forget(limit, at(21));
+    assert_eq!(total(&telemetry, "istio_requests_total{"), None);
+    assert!(total(&telemetry, "istio_tcp_connections_opened_total{").is_some(), "an open connection stays");
+    drop(open);
+    shard.record_request(&outbound(), Sizes::default());
+    assert_eq!(total(&telemetry, "istio_requests_total{").as_deref(), Some("1"));
 }

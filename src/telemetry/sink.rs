@@ -13,6 +13,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use super::access_log::{AccessLogs, LogShape, STDOUT, SaidLog, canonical_path};
+use super::attributes::Facts;
 use super::json_log;
 use super::metrics::{Telemetry, lock};
 use super::record::{Record, RecordKind};
@@ -104,6 +105,7 @@ impl Logs {
         let default = options.default_text.as_deref().map(|format| SaidLog {
             path: STDOUT,
             shape: LogShape::Text(format),
+            omit_empty: false,
             filter: None,
         });
         let record = options.record.as_deref().map(|path| Arc::<str>::from(canonical_path(path)));
@@ -239,8 +241,9 @@ impl LogSink {
     pub fn log(&self, record: &Record<'_>, logs: &AccessLogs) {
         let logs = if logs.is_empty() && is_telling(record) { &self.shared.default } else { logs };
         let mut lanes = lock(&self.lanes);
-        for log in logs.wanted(record) {
-            self.append(&mut lanes, &log.path, |out| log.write(record, out));
+        let facts = Facts { record, node: self.shared.telemetry.node() };
+        for log in logs.wanted(&facts) {
+            self.append(&mut lanes, &log.path, |out| log.write(&facts, out));
         }
         if let Some(path) = &self.shared.record {
             self.append(&mut lanes, path, |out| json_log::write(record, out));
@@ -301,7 +304,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (everything, own) = (dir.path().join("all.json"), dir.path().join("own.log"));
         let (logs, _) = start(&everything);
-        let said = SaidLog { path: own.to_str().unwrap(), shape: LogShape::Text("%RESPONSE_CODE%\n"), filter: None };
+        let said = SaidLog {
+            path: own.to_str().unwrap(),
+            shape: LogShape::Text("%RESPONSE_CODE%\n"),
+            omit_empty: false,
+            filter: None,
+        };
         let (configured, _) = AccessLogs::compile([said]);
         let (one, two) = (logs.sink(), logs.sink());
         one.log(&request(), &configured);
@@ -337,7 +345,7 @@ mod tests {
     fn what_cannot_be_written_is_counted() {
         let telemetry = Telemetry::new(NodeLabels::default());
         let logs = Logs::start(LogOptions::default(), &telemetry).unwrap();
-        let said = SaidLog { path: "/nowhere/at/all", shape: LogShape::Default, filter: None };
+        let said = SaidLog { path: "/nowhere/at/all", shape: LogShape::Default, omit_empty: false, filter: None };
         let sink = logs.sink();
         sink.log(&request(), &AccessLogs::compile([said]).0);
         drop(logs);

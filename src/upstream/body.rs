@@ -13,6 +13,7 @@ use http_body::{Body as _, Frame, SizeHint};
 use hyper::body::Incoming;
 
 use super::body_copy::{BodyCopy, Copies};
+use crate::net::grpc::Messages;
 
 /// How far a request body has come; shared with whoever asks.
 #[derive(Debug, Default)]
@@ -22,12 +23,25 @@ pub struct Progress {
     failed: AtomicBool,
     waker: AtomicWaker,
     copies: std::sync::OnceLock<Copies>,
+    /// gRPC messages, where somebody counts them.
+    messages: std::sync::OnceLock<Mutex<Messages>>,
 }
 
 impl Progress {
     /// Bytes taken from the client so far.
     pub fn bytes(&self) -> u64 {
         self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// Counts gRPC messages from now on.
+    pub fn count_messages(&self) {
+        self.messages.get_or_init(Mutex::default);
+    }
+
+    /// gRPC messages taken from the client so far; 0 unless they are counted.
+    pub fn messages(&self) -> u64 {
+        let counted = self.messages.get();
+        counted.map_or(0, |messages| messages.lock().unwrap_or_else(PoisonError::into_inner).count())
     }
 
     /// The whole body, trailers included, has been taken.
@@ -54,6 +68,9 @@ impl Progress {
             Some(Ok(frame)) => {
                 if let Some(data) = frame.data_ref() {
                     self.bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
+                    if let Some(messages) = self.messages.get() {
+                        messages.lock().unwrap_or_else(PoisonError::into_inner).note(data);
+                    }
                 }
             }
             Some(Err(_)) => self.failed.store(true, Ordering::Relaxed),

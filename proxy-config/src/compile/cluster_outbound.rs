@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::cluster_policy::Draft;
-use super::clusters::{Inputs, bare, exchange};
+use super::clusters::{Inputs, bare, metadata_exchange};
 use super::destination_rules::{self, Applied};
 use super::view::View;
 use super::{cluster_tls, endpoints, hosts, peer_auth};
@@ -143,7 +143,7 @@ fn govern(
     draft.balance(site.inputs, policy.load_balancer.as_ref(), site.service);
     cluster_tls::apply(&mut draft, site, policy.tls.as_ref(), sni, automatic);
     cluster_tls::proxy_protocol(&mut draft, policy.proxy_protocol);
-    draft.cluster.metadata_exchange = exchange();
+    draft.cluster.metadata_exchange = Some(metadata_exchange());
     draft.finish()
 }
 

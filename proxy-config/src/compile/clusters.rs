@@ -11,8 +11,8 @@ use crate::istio::common::IstioDuration;
 use crate::istio::mesh_config::{MeshConfig, TcpKeepalive as MeshKeepalive};
 use crate::istio::mesh_networks::MeshNetworks;
 use crate::model::{
-    CircuitBreakers, Cluster, ClusterKind, Endpoints, IstioClusterMetadata, LbPolicy, Model, Name, TcpKeepalive,
-    Transport, UpstreamHttp, UpstreamProtocol,
+    CircuitBreakers, Cluster, ClusterKind, Endpoints, IstioClusterMetadata, LbPolicy, MetadataExchange, Model, Name,
+    TcpKeepalive, Transport, UpstreamHttp, UpstreamProtocol,
 };
 
 /// Idle limit of connections to where the client wanted to go anyway.
@@ -86,9 +86,10 @@ pub(super) fn unlimited() -> CircuitBreakers {
     }
 }
 
-/// The protocol of the TCP metadata exchange towards the upstream.
-pub(super) fn exchange() -> Option<String> {
-    Some("istio-peer-exchange".to_owned())
+/// The TCP metadata exchange of every chain and of clusters in the mesh.
+pub(super) fn metadata_exchange() -> MetadataExchange {
+    let protocol = "istio-peer-exchange".to_owned();
+    MetadataExchange { protocol, enable_discovery: true, additional_labels: Vec::new() }
 }
 
 /// Source address by which the proxy's own connections to the application escape capture.
@@ -116,7 +117,7 @@ fn black_hole(inputs: Inputs<'_>) -> Cluster {
 
 /// Where unknown outbound traffic goes.
 fn passthrough(view: &View<'_>, inputs: Inputs<'_>) -> Cluster {
-    Cluster { metadata_exchange: exchange(), ..to_original(view, inputs, "PassthroughCluster") }
+    Cluster { metadata_exchange: Some(metadata_exchange()), ..to_original(view, inputs, "PassthroughCluster") }
 }
 
 /// Where traffic to undeclared ports of the application goes.

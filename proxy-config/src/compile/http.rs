@@ -53,6 +53,7 @@ fn inbound_filters(view: &View<'_>, protocol: Protocol) -> Vec<HttpFilter> {
     filters.extend(policies.http.iter().cloned().map(HttpFilter::Rbac));
     filters.extend((protocol == Protocol::GrpcWeb).then_some(HttpFilter::GrpcWeb));
     filters.extend([HttpFilter::GrpcStats, HttpFilter::Fault, HttpFilter::Cors]);
+    filters.extend(view.mesh.inbound_told.stats.clone().map(HttpFilter::IstioStats));
     filters
 }
 
@@ -67,6 +68,7 @@ fn outbound_filters(view: &View<'_>, protocol: Protocol) -> Vec<HttpFilter> {
     let mut filters = vec![HttpFilter::PeerMetadata(metadata)];
     filters.extend((protocol == Protocol::GrpcWeb).then_some(HttpFilter::GrpcWeb));
     filters.extend([HttpFilter::GrpcStats, alpn(), HttpFilter::Fault, HttpFilter::Cors]);
+    filters.extend(view.mesh.outbound_told.stats.clone().map(HttpFilter::IstioStats));
     filters
 }
 
@@ -86,6 +88,7 @@ fn alpn() -> HttpFilter {
 fn base(view: &View<'_>, direction: Direction, stat_prefix: String, routes: RouteSource) -> HttpConnectionManager {
     let mesh = view.mesh;
     let headers = &mesh.headers;
+    let told = mesh.told(direction);
     HttpConnectionManager {
         stat_prefix,
         routes,
@@ -96,7 +99,7 @@ fn base(view: &View<'_>, direction: Direction, stat_prefix: String, routes: Rout
         set_current_client_cert: ClientCertDetails::default(),
         use_remote_address: false,
         generate_request_id: headers.request_id,
-        request_id_for_trace_sampling: true,
+        request_id_for_trace_sampling: told.trace_by_request_id,
         normalize_path: mesh.normalize_path,
         merge_slashes: mesh.merge_slashes,
         escaped_slashes: mesh.escaped_slashes,
@@ -119,7 +122,7 @@ fn base(view: &View<'_>, direction: Direction, stat_prefix: String, routes: Rout
         suppress_envoy_headers: headers.suppress_debug,
         http2: None,
         internal_cidrs: Vec::new(),
-        access_log: mesh.access_log.clone(),
-        tracing: mesh.tracing.as_ref().filter(|_| direction != Direction::Unspecified).cloned(),
+        access_log: told.access_log.clone(),
+        tracing: told.tracing.clone(),
     }
 }

@@ -92,7 +92,7 @@ pub fn listener(view: &View<'_>) -> Option<Listener> {
         continue_on_listener_filters_timeout: true,
         filter_chains: chains,
         default_filter_chain: None,
-        access_log: view.mesh.listener_access_log.clone(),
+        access_log: view.mesh.inbound_told.listener_access_log.clone(),
         exact_balance: view.mesh.inbound_exact_balance,
         max_accepts_per_event: Some(1),
     })
@@ -119,13 +119,17 @@ fn served<'a>(view: &View<'a>) -> BTreeMap<u16, Target<'a>> {
 
 /// Connections to the listener's own port would come back for ever.
 fn blackhole(view: &View<'_>) -> FilterChain {
-    let mut proxy = tcp_proxy(view, "BlackHoleCluster");
+    let mut proxy = tcp_proxy(view, Direction::Inbound, "BlackHoleCluster");
     proxy.idle_timeout = None;
     proxy.access_log = Vec::new();
     FilterChain {
         name: Name::from("virtualInbound-blackhole"),
         matches: ChainMatch { destination_port: Some(view.mesh.inbound_port), ..ChainMatch::default() },
-        filters: vec![metadata_exchange(), NetworkFilter::TcpProxy(proxy)],
+        filters: [metadata_exchange()]
+            .into_iter()
+            .chain(stats(view, Direction::Inbound))
+            .chain([NetworkFilter::TcpProxy(proxy)])
+            .collect(),
         ..FilterChain::default()
     }
 }
@@ -228,8 +232,9 @@ fn http_filters(view: &View<'_>, target: &Target<'_>) -> Vec<NetworkFilter> {
 fn tcp_filters(view: &View<'_>, target: &Target<'_>) -> Vec<NetworkFilter> {
     let mut filters = vec![metadata_exchange()];
     filters.extend(view.policies.tcp.iter().cloned().map(NetworkFilter::Rbac));
+    filters.extend(stats(view, Direction::Inbound));
     filters.extend(protocol_filter(target.protocol));
-    filters.push(NetworkFilter::TcpProxy(tcp_proxy(view, &target.cluster)));
+    filters.push(NetworkFilter::TcpProxy(tcp_proxy(view, Direction::Inbound, &target.cluster)));
     filters
 }
 
@@ -242,11 +247,16 @@ pub(super) fn protocol_filter(protocol: Protocol) -> Option<NetworkFilter> {
 }
 
 fn metadata_exchange() -> NetworkFilter {
-    NetworkFilter::MetadataExchange { protocol: "istio-peer-exchange".to_owned(), enable_discovery: true }
+    NetworkFilter::MetadataExchange(super::clusters::metadata_exchange())
+}
+
+/// Istio's metrics in a direction, where they are wanted.
+pub(super) fn stats(view: &View<'_>, direction: Direction) -> Option<NetworkFilter> {
+    view.mesh.told(direction).stats.clone().map(NetworkFilter::IstioStats)
 }
 
 /// A terminal filter to one cluster.
-pub(super) fn tcp_proxy(view: &View<'_>, cluster: &str) -> TcpProxy {
+pub(super) fn tcp_proxy(view: &View<'_>, direction: Direction, cluster: &str) -> TcpProxy {
     TcpProxy {
         stat_prefix: cluster.to_owned(),
         clusters: vec![WeightedName { cluster: Name::from(cluster), weight: 1 }],
@@ -254,7 +264,7 @@ pub(super) fn tcp_proxy(view: &View<'_>, cluster: &str) -> TcpProxy {
         max_downstream_connection_duration: None,
         hash_source_ip: false,
         tunneling: None,
-        access_log: view.mesh.access_log.clone(),
+        access_log: view.mesh.told(direction).access_log.clone(),
     }
 }
 

@@ -280,18 +280,22 @@ fn unknown(view: &View<'_>) -> Vec<NetworkFilter> {
         OutboundPolicy::RegistryOnly => "BlackHoleCluster".to_owned(),
         OutboundPolicy::EgressProxy(d) => outbound_chain::cluster(view, d, 0),
     };
-    vec![NetworkFilter::TcpProxy(inbound::tcp_proxy(view, &cluster))]
+    let proxy = NetworkFilter::TcpProxy(inbound::tcp_proxy(view, Direction::Outbound, &cluster));
+    inbound::stats(view, Direction::Outbound).into_iter().chain([proxy]).collect()
 }
 
 fn virtual_outbound(view: &View<'_>) -> Listener {
     let port = view.mesh.outbound_port;
-    let mut blackhole = inbound::tcp_proxy(view, "BlackHoleCluster");
+    let mut blackhole = inbound::tcp_proxy(view, Direction::Outbound, "BlackHoleCluster");
     blackhole.idle_timeout = None;
     blackhole.access_log = Vec::new();
     let own_port = FilterChain {
         name: Name::from("virtualOutbound-blackhole"),
         matches: ChainMatch { destination_port: Some(port), ..ChainMatch::default() },
-        filters: vec![NetworkFilter::TcpProxy(blackhole)],
+        filters: inbound::stats(view, Direction::Outbound)
+            .into_iter()
+            .chain([NetworkFilter::TcpProxy(blackhole)])
+            .collect(),
         ..FilterChain::default()
     };
     let rest = FilterChain {
@@ -305,7 +309,7 @@ fn virtual_outbound(view: &View<'_>) -> Listener {
     listener.transparent = view.mesh.interception == Interception::Tproxy;
     listener.continue_on_listener_filters_timeout = false;
     listener.filter_chains = vec![own_port, rest];
-    listener.access_log.clone_from(&view.mesh.listener_access_log);
+    listener.access_log.clone_from(&view.mesh.outbound_told.listener_access_log);
     listener.exact_balance = false;
     listener.max_accepts_per_event = Some(1);
     listener

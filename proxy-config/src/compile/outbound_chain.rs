@@ -10,7 +10,7 @@ use super::view::{Rules, View};
 use super::virtual_services::Routes;
 use super::{hosts, route_match};
 use crate::istio::virtual_service::{Destination, L4Match, RouteDestination, TlsMatch};
-use crate::model::{ChainMatch, Name, NetworkFilter, TcpProxy, TransportProtocol, WeightedName};
+use crate::model::{ChainMatch, Direction, Name, NetworkFilter, TcpProxy, TransportProtocol, WeightedName};
 use crate::registry::{Protocol, Provider, Resolution, Service, ServicePort};
 
 /// A chain that can be compared with others and merged.
@@ -209,22 +209,22 @@ fn to_service(view: &View<'_>, site: Site<'_>) -> Vec<NetworkFilter> {
     let port = if let [only] = service.ports.as_slice() { only.number } else { site.port.number };
     let rules = (view.rules)(&service.hostname, None, "");
     let cluster = format!("outbound|{port}||{}", service.hostname);
-    complete(site.port.protocol, with_rules(inbound::tcp_proxy(view, &cluster), rules))
+    complete(view, site.port.protocol, with_rules(inbound::tcp_proxy(view, Direction::Outbound, &cluster), rules))
 }
 
 fn to_routes(view: &View<'_>, routes: &[RouteDestination], port: &ServicePort, vs: &Routes) -> Vec<NetworkFilter> {
     let first = &routes[0].destination;
     if let [only] = routes {
-        let proxy = inbound::tcp_proxy(view, &cluster(view, &only.destination, port.number));
-        return complete(port.protocol, with_rules(proxy, (view.rules)(&first.host, None, &first.subset)));
+        let proxy = inbound::tcp_proxy(view, Direction::Outbound, &cluster(view, &only.destination, port.number));
+        return complete(view, port.protocol, with_rules(proxy, (view.rules)(&first.host, None, &first.subset)));
     }
-    let mut proxy = inbound::tcp_proxy(view, &format!("{}.{}", vs.name, vs.namespace));
+    let mut proxy = inbound::tcp_proxy(view, Direction::Outbound, &format!("{}.{}", vs.name, vs.namespace));
     proxy.clusters = routes
         .iter()
         .filter(|r| r.weight > 0)
         .map(|r| WeightedName { cluster: Name::from(cluster(view, &r.destination, port.number)), weight: r.weight })
         .collect();
-    complete(port.protocol, with_rules(proxy, (view.rules)(&first.host, None, "")))
+    complete(view, port.protocol, with_rules(proxy, (view.rules)(&first.host, None, "")))
 }
 
 fn with_rules(mut proxy: TcpProxy, rules: Rules) -> TcpProxy {
@@ -235,8 +235,9 @@ fn with_rules(mut proxy: TcpProxy, rules: Rules) -> TcpProxy {
     proxy
 }
 
-fn complete(protocol: Protocol, proxy: TcpProxy) -> Vec<NetworkFilter> {
-    protocol_filter(protocol).into_iter().chain([NetworkFilter::TcpProxy(proxy)]).collect()
+fn complete(view: &View<'_>, protocol: Protocol, proxy: TcpProxy) -> Vec<NetworkFilter> {
+    let stats = inbound::stats(view, Direction::Outbound);
+    stats.into_iter().chain(protocol_filter(protocol)).chain([NetworkFilter::TcpProxy(proxy)]).collect()
 }
 
 /// Cluster of a destination: the port said, else the service's only one, else the listener's.

@@ -2,15 +2,14 @@
 
 use serde_json::{Value, json};
 
-use super::tracing;
 use super::trust_domain::TrustDomains;
 use super::view::{Interception, OutboundPolicy, ProxyHeaders, Settings};
 use crate::istio::common::{IstioDuration, parse_duration};
 use crate::istio::mesh_config::{AccessLogEncoding, MeshConfig, Normalization, OutboundMode, TlsConfig, TlsProtocol};
 use crate::istio::proxy_config::{ForwardedClientCert, ProxyConfig, Switch};
 use crate::model::{
-    AccessLog, ClientCertDetails, EscapedSlashes, ForwardClientCert, LogFilter, LogFormat, LogSink, Reject,
-    ServerHeader, Severity, TlsVersion, Tracing,
+    AccessLog, ClientCertDetails, EscapedSlashes, ForwardClientCert, LogFormat, LogSink, Reject, ServerHeader,
+    Severity, TlsVersion,
 };
 use crate::registry::Proxy;
 
@@ -50,9 +49,6 @@ pub fn settings(mesh: &MeshConfig, config: &ProxyConfig, proxy: &Proxy, rejects:
         inbound_retries: mesh.default_inbound_http_retry_policy.clone(),
         min_tls: min_tls(mesh.mesh_mtls.as_ref()),
         cipher_suites: cipher_suites(mesh.mesh_mtls.as_ref()).unwrap_or_else(|| base.cipher_suites.clone()),
-        tracing: (mesh.enable_tracing != Some(false)).then(|| tracing_of(proxy, config)),
-        listener_access_log: if mesh.disable_envoy_listener_log { Vec::new() } else { access_log(mesh, true) },
-        access_log: access_log(mesh, false),
         idle_timeout: parse_duration(&metadata("IDLE_TIMEOUT")),
         http10: flag("HTTP10"),
         inbound_exact_balance: flag("INBOUND_LISTENER_EXACT_BALANCE"),
@@ -122,41 +118,27 @@ fn cipher_suites(mtls: Option<&TlsConfig>) -> Option<Vec<String>> {
     mtls.map(|m| m.cipher_suites.clone()).filter(|c| !c.is_empty())
 }
 
-fn tracing_of(proxy: &Proxy, config: &ProxyConfig) -> Tracing {
-    let said = config.tracing.as_ref();
-    let mut out = tracing::without_provider(proxy, said.map(|t| t.sampling));
-    if said.and_then(|t| t.enable_istio_tags) == Some(false) {
-        out.custom_tags.clear();
-    }
-    for (tag, value) in said.iter().flat_map(|t| &t.custom_tags) {
-        out.custom_tags.insert(tag.clone(), tracing::custom_tag(value));
-    }
-    out.max_path_tag_length = said.map(|t| t.max_path_tag_length).filter(|l| *l > 0);
-    out
+/// The mesh's file log.
+pub(super) fn mesh_log(mesh: &MeshConfig) -> Option<AccessLog> {
+    let path = Some(&mesh.access_log_file).filter(|path| !path.is_empty())?.clone();
+    Some(AccessLog { sink: LogSink::File { path, format: file_format(mesh), omit_empty: false }, filter: None })
 }
 
-/// The mesh's file log; listeners log only what no chain took.
-fn access_log(mesh: &MeshConfig, listener: bool) -> Vec<AccessLog> {
-    if mesh.access_log_file.is_empty() {
-        return Vec::new();
-    }
+/// The format of the mesh's file log.
+pub(super) fn file_format(mesh: &MeshConfig) -> LogFormat {
     let said = mesh.access_log_format.as_str();
-    let format = match mesh.access_log_encoding {
+    match mesh.access_log_encoding {
         AccessLogEncoding::Text if said.is_empty() => LogFormat::Text(TEXT_FORMAT.to_owned()),
         AccessLogEncoding::Text if said.ends_with('\n') => LogFormat::Text(said.to_owned()),
         AccessLogEncoding::Text => LogFormat::Text(format!("{said}\n")),
         AccessLogEncoding::Json => {
             LogFormat::Json(serde_json::from_str(said).ok().filter(Value::is_object).unwrap_or_else(json_format))
         }
-    };
-    vec![AccessLog {
-        sink: LogSink::File { path: mesh.access_log_file.clone(), format },
-        filter: listener.then(|| LogFilter::ResponseFlags(vec!["NR".to_owned()])),
-    }]
+    }
 }
 
 /// The text format's operators by name.
-fn json_format() -> Value {
+pub fn json_format() -> Value {
     json!({
         "start_time": "%START_TIME%",
         "route_name": "%ROUTE_NAME%",
@@ -285,7 +267,7 @@ mod tests {
             (s.peer_domains.as_slice(), s.outbound),
             (&["cluster.local".to_owned()][..], OutboundPolicy::AllowAny)
         );
-        assert!(s.tracing.is_some() && s.access_log.is_empty() && s.normalize_path);
+        assert!(s.normalize_path);
     }
 
     #[test]
@@ -293,7 +275,7 @@ mod tests {
         let (s, rejects) = of(
             "{trustDomain: corp, trustDomainAliases: [old], caCertificates: [{trustDomains: [old, far]}], \
              outboundTrafficPolicy: {mode: REGISTRY_ONLY}, pathNormalization: {normalization: MERGE_SLASHES}, \
-             meshMTLS: {minProtocolVersion: TLSV1_3}, accessLogFile: /dev/stdout, protocolDetectionTimeout: 0.4s, \
+             meshMTLS: {minProtocolVersion: TLSV1_3}, protocolDetectionTimeout: 0.4s, \
              defaultConfig: {proxyHeaders: {server: {disabled: true}}}, proxyHttpPort: 80}",
             json!({"INTERCEPTION_MODE": "TPROXY", "ENVOY_STATUS_PORT": 15021, "ENVOY_PROMETHEUS_PORT": "15090"}),
         );
@@ -302,7 +284,6 @@ mod tests {
         assert_eq!((s.interception, s.reserved_ports), (Interception::Tproxy, vec![15021, 15090]));
         assert_eq!(s.headers.inbound_server, "");
         assert_eq!(s.detection_timeout, Some(Duration::from_millis(400)));
-        assert!(s.listener_access_log[0].filter.is_some() && s.access_log[0].filter.is_none());
         assert_eq!(rejects.len(), 1, "the HTTP proxy port");
     }
 
@@ -313,6 +294,5 @@ mod tests {
             json!({"PROXY_CONFIG": {"tracing": {"sampling": 50}}}),
         );
         assert!(s.headers.request_id);
-        assert_eq!(s.tracing.expect("tracing").random_sampling, Some(50.0));
     }
 }

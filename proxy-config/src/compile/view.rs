@@ -9,8 +9,10 @@ use super::trust_domain::TrustDomains;
 use super::virtual_services::Routes;
 use crate::istio::destination_rule::ConnectionPool;
 use crate::istio::virtual_service::{Destination, HttpRetry};
-use crate::model::{AccessLog, EscapedSlashes, HashPolicy, HttpFilter, Rbac, ServerHeader, TlsVersion, Tracing};
-use crate::model::{ClientCertDetails, ForwardClientCert};
+use crate::model::{
+    AccessLog, ClientCertDetails, Direction, EscapedSlashes, ForwardClientCert, HashPolicy, HttpFilter, IstioStats,
+    Rbac, ServerHeader, TlsVersion, Tracing,
+};
 use crate::registry::{Proxy, Service, ServiceEndpoint, ServiceTarget};
 
 /// Everything that one proxy sees.
@@ -138,12 +140,10 @@ pub struct Settings {
     pub min_tls: TlsVersion,
     /// TLS 1.2 suites of inbound mTLS.
     pub cipher_suites: Vec<String>,
-    /// Tracing settings of connection managers.
-    pub tracing: Option<Tracing>,
-    /// Access logs of listeners that found no chain.
-    pub listener_access_log: Vec<AccessLog>,
-    /// Access logs of requests and connections.
-    pub access_log: Vec<AccessLog>,
+    /// What is told of traffic to the application.
+    pub inbound_told: Told,
+    /// What is told of traffic from the application.
+    pub outbound_told: Told,
     /// `ISTIO_META_IDLE_TIMEOUT`.
     pub idle_timeout: Option<Duration>,
     /// `ISTIO_META_HTTP10`.
@@ -158,6 +158,40 @@ pub struct Settings {
     pub inbound_pool: Option<ConnectionPool>,
     /// Ports that the proxy serves itself and no service may take (15021, 15090, admin).
     pub reserved_ports: Vec<u16>,
+}
+
+/// What is told of traffic in one direction.
+#[derive(Debug, Clone)]
+pub struct Told {
+    /// Access logs of requests and connections.
+    pub access_log: Vec<AccessLog>,
+    /// Access logs of connections that found no chain.
+    pub listener_access_log: Vec<AccessLog>,
+    /// Tracing of connection managers.
+    pub tracing: Option<Tracing>,
+    /// The request id carries the decision on tracing.
+    pub trace_by_request_id: bool,
+    /// Istio's metrics.
+    pub stats: Option<IstioStats>,
+}
+
+impl Default for Told {
+    fn default() -> Self {
+        Self {
+            access_log: Vec::new(),
+            listener_access_log: Vec::new(),
+            tracing: None,
+            trace_by_request_id: true,
+            stats: None,
+        }
+    }
+}
+
+impl Settings {
+    /// What is told of a direction.
+    pub(super) fn told(&self, direction: Direction) -> &Told {
+        if direction == Direction::Inbound { &self.inbound_told } else { &self.outbound_told }
+    }
 }
 
 /// `proxyHeaders` of ProxyConfig.
@@ -227,9 +261,8 @@ impl Default for Settings {
             inbound_retries: None,
             min_tls: TlsVersion::V1_2,
             cipher_suites: default_cipher_suites(),
-            tracing: None,
-            listener_access_log: Vec::new(),
-            access_log: Vec::new(),
+            inbound_told: Told::default(),
+            outbound_told: Told::default(),
             idle_timeout: None,
             http10: false,
             inbound_exact_balance: false,

@@ -10,6 +10,7 @@ pub mod proxy_config;
 pub mod request_authentication;
 pub mod service_entry;
 pub mod sidecar;
+pub mod telemetry;
 pub mod virtual_service;
 pub mod workload_entry;
 pub mod workload_group;

@@ -10,8 +10,9 @@ use crate::compile::destination_rules::{self, DestinationRules};
 use crate::compile::policies::TokenPolicy;
 use crate::compile::view::{OutboundPolicy, Policies, Settings, View};
 use crate::compile::virtual_services::{self, Routes};
-use crate::compile::{assemble, authz, authz_provider, clusters, peer_auth, policies, settings};
+use crate::compile::{assemble, authz, authz_provider, clusters, peer_auth, policies, settings, telemetry};
 use crate::istio::mesh_config::OutboundMode;
+use crate::istio::proxy_config::ProxyConfig;
 use crate::istio::sidecar::Sidecar;
 use crate::model::{Model, Reject, Severity};
 use crate::objects::{Object, Objects};
@@ -50,6 +51,7 @@ fn fill(objects: &Objects, catalog: &Catalog<'_>, identity: &Identity, model: &m
     let (mesh, proxy) = (&objects.mesh, &identity.proxy);
     let config = settings::proxy_config(mesh, proxy);
     let mut settings = settings::settings(mesh, &config, proxy, &mut model.rejects);
+    telemetry_of(objects, proxy, (&config, &catalog.services), &mut settings, model);
     let own = targets::targets(catalog, &identity.me, proxy);
     let Seen { scope, targets, closed } = apply_sidecar(objects, proxy, own, &mut settings, &mut model.rejects);
     let (namespace, export) = (proxy.namespace.as_str(), mesh.default_service_export_to.as_slice());
@@ -85,6 +87,30 @@ fn fill(objects: &Objects, catalog: &Catalog<'_>, identity: &Identity, model: &m
     let inputs = clusters::Inputs { rules: &rules, mesh, peer_policies: &peers, networks: &objects.networks };
     clusters::fill(&view, inputs, model);
     model.names = names::names(catalog, &reachable, proxy).into();
+}
+
+/// What is told of the proxy's traffic, put into the settings.
+fn telemetry_of(
+    objects: &Objects,
+    proxy: &Proxy,
+    (config, services): (&ProxyConfig, &[Arc<Service>]),
+    settings: &mut Settings,
+    model: &mut Model,
+) {
+    let sources: Vec<telemetry::Source<'_>> = objects
+        .telemetries
+        .iter()
+        .map(|o| telemetry::Source { namespace: &o.meta.namespace, name: &o.meta.name, spec: &o.spec })
+        .collect();
+    let knows = |host: &str, namespace: Option<&str>| {
+        services.iter().any(|s| s.hostname == host && namespace.is_none_or(|n| n == s.namespace))
+    };
+    let root = settings.root_namespace.clone();
+    let context = telemetry::Context { mesh: &objects.mesh, config, proxy, root: &root, knows: &knows };
+    let both = telemetry::compile(&sources, context, &mut model.rejects);
+    settings.inbound_told = both.inbound;
+    settings.outbound_told = both.outbound;
+    model.default_metrics = both.default_metrics;
 }
 
 fn routes(objects: &Objects, proxy: &Proxy, rejects: &mut Vec<Reject>) -> Vec<Routes> {

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::{Endpoints, HashPolicy, Http2Options, Name, UpstreamTls};
+use super::{Endpoints, HashPolicy, Http2Options, MetadataExchange, Name, UpstreamTls};
 
 /// `envoy.config.cluster.v3.Cluster`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -41,8 +41,8 @@ pub struct Cluster {
     pub upstream_port_override: Option<u16>,
     /// `filter_metadata.istio`: object, services, subset.
     pub istio: IstioClusterMetadata,
-    /// TCP metadata exchange runs on upstream connections; the ALPN name.
-    pub metadata_exchange: Option<String>,
+    /// TCP metadata exchange runs on upstream connections.
+    pub metadata_exchange: Option<MetadataExchange>,
     /// DNS settings for DNS kinds.
     pub dns: Option<DnsOptions>,
     /// Hosts removed from discovery keep no connections (`close_connections_on_host_health_failure` and alike).

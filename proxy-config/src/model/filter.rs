@@ -13,7 +13,7 @@ use super::{HeaderMatcher, JwtAuthn, Name, Rbac, RouteTable, StringMatcher};
 #[allow(missing_docs, reason = "a variant's line tells its fields")]
 pub enum NetworkFilter {
     /// `istio.metadata_exchange` on TCP; the ALPN name that switches it on.
-    MetadataExchange { protocol: String, enable_discovery: bool },
+    MetadataExchange(MetadataExchange),
     /// `envoy.filters.network.rbac`.
     Rbac(Rbac),
     /// `istio.stats` on TCP.
@@ -26,6 +26,17 @@ pub enum NetworkFilter {
     Inert { name: String, type_url: String },
     /// A filter that changes or refuses traffic and that we do not do: connections through it are refused.
     Unsupported { name: String, type_url: String },
+}
+
+/// Peer metadata on TCP, of a chain or of a cluster's connections.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct MetadataExchange {
+    /// The ALPN name that switches it on.
+    pub protocol: String,
+    /// Peers may be looked up by address.
+    pub enable_discovery: bool,
+    /// Labels that are told and kept besides the standard ones.
+    pub additional_labels: Vec<String>,
 }
 
 /// `envoy.filters.network.tcp_proxy`.
@@ -272,8 +283,8 @@ pub struct AccessLog {
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[allow(missing_docs, reason = "a variant's line tells its fields")]
 pub enum LogSink {
-    /// A file path (`/dev/stdout`) with a format.
-    File { path: String, format: LogFormat },
+    /// A file path (`/dev/stdout`) with a format; what is absent is left out instead of written as `-`.
+    File { path: String, format: LogFormat, omit_empty: bool },
     /// gRPC access log service: cluster and log name, and whether it is the TCP flavour; the rest as canonical JSON.
     Grpc { cluster: Name, log_name: String, tcp: bool, rest: serde_json::Value },
     /// OpenTelemetry: cluster and log name, the rest as canonical JSON.

@@ -51,6 +51,10 @@ pub struct Model {
     /// Things that are accepted and have no effect here, by kind and name, for `/config_dump` and a metric.
     #[serde(skip)]
     pub inert: BTreeSet<String>,
+    /// Istio's metrics are kept where no `istio.stats` filter asks for them: nothing was said about metrics at all, as
+    /// without a control plane nobody would say it. No resource has it.
+    #[serde(skip)]
+    pub default_metrics: bool,
 }
 
 /// One row of the mesh's name table (`istio.networking.nds.v1.NameTable.NameInfo`).

@@ -18,6 +18,7 @@ use crate::istio::peer_authentication::PeerAuthentication;
 use crate::istio::request_authentication::RequestAuthentication;
 use crate::istio::service_entry::ServiceEntry;
 use crate::istio::sidecar::Sidecar;
+use crate::istio::telemetry::Telemetry;
 use crate::istio::virtual_service::VirtualService;
 use crate::istio::workload_entry::WorkloadEntry;
 use crate::istio::workload_group::WorkloadGroup;
@@ -82,6 +83,7 @@ pub(crate) struct Objects {
     pub(crate) authorization_policies: Vec<Object<AuthorizationPolicy>>,
     pub(crate) peer_authentications: Vec<Object<PeerAuthentication>>,
     pub(crate) request_authentications: Vec<Object<RequestAuthentication>>,
+    pub(crate) telemetries: Vec<Object<Telemetry>>,
     pub(crate) broken: Vec<Broken>,
 }
 
@@ -104,5 +106,6 @@ impl Objects {
         by_age(&mut self.authorization_policies);
         by_age(&mut self.peer_authentications);
         by_age(&mut self.request_authentications);
+        by_age(&mut self.telemetries);
     }
 }

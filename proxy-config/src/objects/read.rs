@@ -61,9 +61,7 @@ impl One<'_> {
             ("", "ConfigMap") if self.key.name == "istio" => self.config_map(out)?,
             ("networking.istio.io", kind) => return self.networking(kind, out),
             ("security.istio.io", kind) => return self.security(kind, out),
-            ("telemetry.istio.io", "Telemetry") => {
-                self.left_out("telemetry settings are not applied yet: the built-in ones hold", Severity::Warning, out);
-            }
+            ("telemetry.istio.io", "Telemetry") => objects.telemetries.push(self.istio()?),
             ("extensions.istio.io", "WasmPlugin" | "TrafficExtension") => {
                 self.left_out("extensions are not supported: it is left out", Severity::Error, out);
             }

@@ -48,7 +48,8 @@ fn sink(any: &Any, reader: &mut Reader) -> Read<LogSink> {
     match type_name(&any.type_url) {
         "envoy.extensions.access_loggers.file.v3.FileAccessLog" => {
             let mut file: FileAccessLog = reader.unpack(any)?;
-            Ok(LogSink::File { path: take(&mut file.path), format: format(file.access_log_format, reader)? })
+            let (format, omit_empty) = format(file.access_log_format, reader)?;
+            Ok(LogSink::File { path: take(&mut file.path), format, omit_empty })
         }
         "envoy.extensions.access_loggers.grpc.v3.HttpGrpcAccessLogConfig" => {
             let mut config: HttpGrpcAccessLogConfig = reader.unpack(any)?;
@@ -72,19 +73,22 @@ fn sink(any: &Any, reader: &mut Reader) -> Read<LogSink> {
     }
 }
 
-fn format(of: Option<file_access_log::AccessLogFormat>, reader: &mut Reader) -> Read<LogFormat> {
+fn format(of: Option<file_access_log::AccessLogFormat>, reader: &mut Reader) -> Read<(LogFormat, bool)> {
     use file_access_log::AccessLogFormat;
     #[expect(deprecated, reason = "older control planes still send the old forms")]
     Ok(match of {
-        None => LogFormat::Default,
-        Some(AccessLogFormat::Format(text)) => LogFormat::Text(text),
-        Some(AccessLogFormat::JsonFormat(s) | AccessLogFormat::TypedJsonFormat(s)) => LogFormat::Json(value::json(s)),
+        None => (LogFormat::Default, false),
+        Some(AccessLogFormat::Format(text)) => (LogFormat::Text(text), false),
+        Some(AccessLogFormat::JsonFormat(s) | AccessLogFormat::TypedJsonFormat(s)) => {
+            (LogFormat::Json(value::json(s)), false)
+        }
         Some(AccessLogFormat::LogFormat(format)) => substitution(format, reader).at("log_format")?,
     })
 }
 
 #[expect(deprecated, reason = "older control planes still send the old forms")]
-fn substitution(mut of: SubstitutionFormatString, reader: &mut Reader) -> Read<LogFormat> {
+fn substitution(mut of: SubstitutionFormatString, reader: &mut Reader) -> Read<(LogFormat, bool)> {
+    let omit_empty = take(&mut of.omit_empty_values);
     let out = match of.format.take() {
         Some(Format::TextFormat(text)) => LogFormat::Text(text),
         Some(Format::JsonFormat(s)) => LogFormat::Json(value::json(s)),
@@ -95,7 +99,7 @@ fn substitution(mut of: SubstitutionFormatString, reader: &mut Reader) -> Read<L
         None => LogFormat::Default,
     };
     reader.done(&of);
-    Ok(out)
+    Ok((out, omit_empty))
 }
 
 fn common(
@@ -243,13 +247,13 @@ mod tests {
         let log = pb::AccessLog {
             filter: Some(pb::AccessLogFilter { filter_specifier: Some(specifier) }),
             ..file(Some(file_access_log::AccessLogFormat::LogFormat(SubstitutionFormatString {
-                omit_empty_values: true,
+                content_type: "x".to_owned(),
                 ..Default::default()
             })))
         };
         let mut reader = Reader::default();
         let read = logs(vec![log], &mut reader);
         assert_eq!(read[0].filter, Some(LogFilter::ResponseFlags(vec!["NR".to_owned()])));
-        assert!(reader.unread.contains("SubstitutionFormatString.omit_empty_values"));
+        assert!(reader.unread.contains("SubstitutionFormatString.content_type"));
     }
 }

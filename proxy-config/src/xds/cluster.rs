@@ -20,8 +20,8 @@ use super::context::{At, Fault, Read, Reader, each, type_name};
 use super::messages::TypedStruct;
 use super::{cluster_http, endpoint, network_filter, tls, value};
 use crate::model::{
-    Address, CircuitBreakers, Cluster, ClusterKind, DnsOptions, IstioClusterMetadata, LbPolicy, Name, OutlierDetection,
-    Severity, TcpKeepalive, TransportMatch,
+    Address, CircuitBreakers, Cluster, ClusterKind, DnsOptions, IstioClusterMetadata, LbPolicy, MetadataExchange, Name,
+    OutlierDetection, Severity, TcpKeepalive, TransportMatch,
 };
 
 /// `envoy.config.cluster.v3.Cluster`.
@@ -306,7 +306,7 @@ fn filters(of: Vec<Filter>, out: &mut Cluster, reader: &mut Reader) -> Read<()> 
         let exchange = filter.typed_config.take().map(|any| exchange(&any, reader)).transpose();
         reader.done(&filter);
         match exchange.at(&format!("filters[{name}]"))?.flatten() {
-            Some(protocol) => out.metadata_exchange = Some(protocol),
+            Some(said) => out.metadata_exchange = Some(said),
             None => {
                 reader.note(&format!("filters[{name}]"), "this upstream filter is not supported", Severity::Error);
                 out.unsupported.push(name);
@@ -316,8 +316,8 @@ fn filters(of: Vec<Filter>, out: &mut Cluster, reader: &mut Reader) -> Read<()> 
     Ok(())
 }
 
-/// The ALPN name of a metadata exchange; `None` is another filter.
-fn exchange(any: &Any, reader: &mut Reader) -> Read<Option<String>> {
+/// A metadata exchange; `None` is another filter.
+fn exchange(any: &Any, reader: &mut Reader) -> Read<Option<MetadataExchange>> {
     if !matches!(type_name(&any.type_url), "udpa.type.v1.TypedStruct" | "xds.type.v3.TypedStruct") {
         return Ok(None);
     }
@@ -325,7 +325,7 @@ fn exchange(any: &Any, reader: &mut Reader) -> Read<Option<String>> {
     if type_name(&wrapped.type_url) != "envoy.tcp.metadataexchange.config.MetadataExchange" {
         return Ok(None);
     }
-    Ok(Some(network_filter::exchange_protocol(&value::json(wrapped.value.unwrap_or_default()))))
+    Ok(Some(network_filter::exchange_json(&value::json(wrapped.value.unwrap_or_default()), reader)))
 }
 
 fn protocol_options(of: HashMap<String, Any>, out: &mut Cluster, reader: &mut Reader) -> Read<()> {

@@ -45,6 +45,7 @@ use prost::Message;
 use self::context::{Fault, Read, Reader, type_name};
 pub use self::messages::{Any, DiscoveryResponse};
 pub use self::secret::{Material, Secret};
+pub(crate) use self::value::duration_text;
 #[cfg(doc)]
 use crate::model::Severity;
 use crate::model::{Cluster, Endpoints, HttpFilter, Listener, Model, Name, NameInfo, Reject, RouteTable};

@@ -9,9 +9,9 @@ use envoy_types::pb::google::protobuf::Any;
 use serde_json::Value;
 
 use super::context::{At, Fault, Read, Reader, type_name};
-use super::messages::{MetadataExchange, TypedStruct};
-use super::{Extensions, access_log, http, http_filter, rbac, value};
-use crate::model::{IstioStats, Name, NetworkFilter, Severity, TcpProxy, WeightedName};
+use super::messages::TypedStruct;
+use super::{Extensions, access_log, http, http_filter, messages, rbac, value};
+use crate::model::{IstioStats, MetadataExchange, Name, NetworkFilter, Severity, TcpProxy, WeightedName};
 
 /// Filters that only count what passes.
 const INERT: [&str; 2] = [
@@ -49,7 +49,9 @@ fn other(name: &str, any: &Any, reader: &mut Reader) -> Read<NetworkFilter> {
         "envoy.extensions.filters.network.rbac.v3.RBAC" => {
             NetworkFilter::Rbac(rbac::network(reader.unpack(any)?, reader)?)
         }
-        "envoy.tcp.metadataexchange.config.MetadataExchange" => exchange(reader.unpack(any)?, reader),
+        "envoy.tcp.metadataexchange.config.MetadataExchange" => {
+            NetworkFilter::MetadataExchange(exchange(reader.unpack(any)?, reader))
+        }
         "stats.PluginConfig" => NetworkFilter::IstioStats(http_filter::stats(reader.unpack(any)?)),
         known if INERT.contains(&known) => {
             reader.inert.insert(format!("network filter {name}"));
@@ -62,32 +64,35 @@ fn other(name: &str, any: &Any, reader: &mut Reader) -> Read<NetworkFilter> {
 fn untyped(name: &str, of: TypedStruct, reader: &mut Reader) -> NetworkFilter {
     let config = value::json(of.value.unwrap_or_default());
     match type_name(&of.type_url) {
-        "envoy.tcp.metadataexchange.config.MetadataExchange" => exchange_json(&config, reader),
+        "envoy.tcp.metadataexchange.config.MetadataExchange" => {
+            NetworkFilter::MetadataExchange(exchange_json(&config, reader))
+        }
         "stats.PluginConfig" => NetworkFilter::IstioStats(IstioStats { config }),
         _ => refused(name, &of.type_url, Fault::new("this filter is not supported"), reader),
     }
 }
 
-fn exchange(mut of: MetadataExchange, reader: &mut Reader) -> NetworkFilter {
-    let protocol = take(&mut of.protocol);
-    let enable_discovery = take(&mut of.enable_discovery);
+fn exchange(mut of: messages::MetadataExchange, reader: &mut Reader) -> MetadataExchange {
+    let out = MetadataExchange {
+        protocol: take(&mut of.protocol),
+        enable_discovery: take(&mut of.enable_discovery),
+        additional_labels: take(&mut of.additional_labels),
+    };
     reader.done(&of);
-    NetworkFilter::MetadataExchange { protocol, enable_discovery }
+    out
 }
 
-fn exchange_json(config: &Value, reader: &mut Reader) -> NetworkFilter {
+/// A metadata exchange from its JSON.
+pub(super) fn exchange_json(config: &Value, reader: &mut Reader) -> MetadataExchange {
     let fields = config.as_object().into_iter().flatten().map(|(name, _)| name.as_str());
-    let unread = fields.filter(|f| !matches!(*f, "protocol" | "enable_discovery"));
+    let unread = fields.filter(|f| !matches!(*f, "protocol" | "enable_discovery" | "additional_labels"));
     reader.unread.extend(unread.map(|field| format!("MetadataExchange.{field}")));
-    NetworkFilter::MetadataExchange {
-        protocol: exchange_protocol(config),
-        enable_discovery: config.get("enable_discovery").and_then(Value::as_bool).unwrap_or(false),
+    let labels = config["additional_labels"].as_array().into_iter().flatten();
+    MetadataExchange {
+        protocol: config["protocol"].as_str().unwrap_or_default().to_owned(),
+        enable_discovery: config["enable_discovery"] == true,
+        additional_labels: labels.filter_map(|label| label.as_str().map(str::to_owned)).collect(),
     }
-}
-
-/// The ALPN name in a metadata exchange's JSON.
-pub(super) fn exchange_protocol(config: &Value) -> String {
-    config.get("protocol").and_then(Value::as_str).unwrap_or_default().to_owned()
 }
 
 fn refused(name: &str, type_url: &str, fault: Fault, reader: &mut Reader) -> NetworkFilter {

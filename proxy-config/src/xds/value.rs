@@ -134,7 +134,7 @@ fn json_number(n: f64) -> Value {
 }
 
 /// A duration as protobuf's JSON has it: `10s`, `0.500s`.
-pub(super) fn duration_text(d: Duration) -> String {
+pub(crate) fn duration_text(d: Duration) -> String {
     match (d.as_secs(), d.subsec_nanos()) {
         (s, 0) => format!("{s}s"),
         (s, n) if n % 1_000_000 == 0 => format!("{s}.{:03}s", n / 1_000_000),
