@@ -113,8 +113,8 @@ fn plan(variables: &BTreeMap<String, String>) -> Plan {
     Plan { min: max, max, exit_on_zero: false }
 }
 
-async fn serve(args: &ProxyArgs, control: Control, count: usize, process: Process) -> Result<()> {
-    let first = control.published();
+async fn serve(args: &ProxyArgs, mut control: Control, count: usize, process: Process) -> Result<()> {
+    let first = control.warm().await.unwrap_or_else(|| control.published());
     let (drain, leaving) = Drain::new();
     let (snapshots, receiver) = watch::channel(Arc::clone(&first.snapshot));
     let telemetry = observe::telemetry(&first.proxy);

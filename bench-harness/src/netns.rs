@@ -94,9 +94,22 @@ impl Space {
     /// # Errors
     /// When the file cannot be written.
     pub fn hosts(&self, lines: &str) -> Result<()> {
+        self.file("hosts", lines)
+    }
+
+    /// The resolver that is asked for names inside.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn resolver(&self, ip: &str) -> Result<()> {
+        self.file("resolv.conf", &format!("nameserver {ip}\noptions timeout:1 attempts:1\n"))
+    }
+
+    /// What a file below `/etc` says inside, for commands that are started from now on.
+    fn file(&self, name: &str, text: &str) -> Result<()> {
         let folder = PathBuf::from("/etc/netns").join(&self.name);
         fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
-        fs::write(folder.join("hosts"), lines).context("cannot write a namespace's hosts file")
+        fs::write(folder.join(name), text).with_context(|| format!("cannot write a namespace's {name}"))
     }
 
     /// Whether something listens on a TCP port inside.

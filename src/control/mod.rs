@@ -12,6 +12,7 @@
 pub mod health;
 mod identity;
 mod jwks;
+mod names;
 mod watch;
 mod xds_dir;
 pub mod yaml;
@@ -29,9 +30,11 @@ use tokio::sync::watch as channel;
 
 pub use identity::Certs;
 
+use crate::dns::Resolver;
 use crate::identity::News;
 use crate::snapshot::{self, Snapshot};
 use crate::tls::Secrets;
+use names::Names;
 use watch::{Wake, Watcher};
 
 /// Where configuration comes from.
@@ -128,7 +131,9 @@ pub struct Control {
     settings: Settings,
     /// Last understood YAML, whose objects stand in for broken ones.
     loaded: Option<Loaded>,
+    /// What was said; names are not resolved in it.
     model: Arc<Model>,
+    names: Names,
     proxy: Arc<Proxy>,
     /// Hash of the texts that `model` was made from.
     said: u64,
@@ -154,6 +159,7 @@ impl Control {
             settings,
             loaded: None,
             model: Arc::default(),
+            names: Names::new(Resolver::system()),
             said: 0,
             secrets,
             published: Arc::new(Published::nothing(Arc::clone(&proxy))),
@@ -201,6 +207,21 @@ impl Control {
         Some(self.published())
     }
 
+    /// Waits a little for the first answers to names that nobody asked for before; the news, if an answer came.
+    pub async fn warm(&mut self) -> Option<Arc<Published>> {
+        self.names.warm().await.then(|| self.with_answers())
+    }
+
+    /// The same configuration with what is known of its names and keys now.
+    fn with_answers(&mut self) -> Arc<Published> {
+        let trouble = self.published.rejects.iter().filter(|reject| is_trouble(reject)).cloned().collect();
+        // Files may have changed meanwhile; whoever looks for that has to see it.
+        let stamps = std::mem::take(&mut self.stamps);
+        self.publish(trouble);
+        self.stamps = stamps;
+        self.published()
+    }
+
     /// Reads the input and, if its text is new, makes a new model of it.
     fn take_in(&mut self) -> Result<()> {
         match &self.settings.input {
@@ -241,7 +262,7 @@ impl Control {
         let (secrets, unreadable) = self.with_files();
         self.secrets = secrets;
         let prev = (self.published.version > 0).then_some(&*self.published.snapshot);
-        let (model, unfetched) = self.keys.fill(&self.model);
+        let (model, unfetched) = self.keys.fill(&self.names.put_into(&self.model));
         let (snapshot, uncompiled) = snapshot::compile(prev, &model, &self.secrets);
         rejects.extend(model.rejects.iter().cloned().chain(unreadable).chain(uncompiled).chain(unfetched));
         tell(&self.published.rejects, &rejects);
@@ -258,16 +279,14 @@ impl Control {
         self.stamps = self.stamps_now();
     }
 
-    /// Waits until keys of tokens have changed, and serves them.
-    async fn new_keys(&mut self) -> Arc<Published> {
+    /// Waits until keys of tokens or addresses of names have changed, and serves them.
+    async fn new_answers(&mut self) -> Arc<Published> {
         let snapshot = Arc::clone(&self.published.snapshot);
-        self.keys.changed(&snapshot).await;
-        let trouble = self.published.rejects.iter().filter(|reject| is_trouble(reject)).cloned().collect();
-        // Files may have changed meanwhile; whoever looks for that has to see it.
-        let stamps = std::mem::take(&mut self.stamps);
-        self.publish(trouble);
-        self.stamps = stamps;
-        self.published()
+        tokio::select! {
+            () = self.keys.changed(&snapshot) => {}
+            () = self.names.changed() => {}
+        }
+        self.with_answers()
     }
 
     fn with_files(&self) -> (Secrets, Vec<Reject>) {
@@ -308,12 +327,13 @@ pub async fn run(mut control: Control, publish: channel::Sender<Arc<Published>>,
     let mut look = true;
     loop {
         if look && let Some(news) = control.reload() {
+            let news = control.warm().await.unwrap_or(news);
             tracing::info!("configuration {} is served", news.version);
             publish.send_replace(news);
         }
         watcher.again(&control.folders());
         look = tokio::select! {
-            news = control.new_keys() => {
+            news = control.new_answers() => {
                 publish.send_replace(news);
                 false
             }

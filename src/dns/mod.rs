@@ -7,6 +7,8 @@
 //! assert!(answer.addresses.iter().all(IpAddr::is_ipv4));
 //! ```
 
+#[cfg(test)]
+pub(crate) mod fixture;
 mod resolve;
 
 pub use resolve::{Answer, Error, Family, Resolver};

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use proxy_config::model::ClusterKind;
+use proxy_config::model::{Address, ClusterKind};
 
 use super::Asked;
 use super::answer::{Answer, Endpoint, Response, Weighted};
@@ -81,7 +81,7 @@ fn hosts(asked: &Asked<'_>, cluster: &ClusterRef, answer: &mut Answer) {
         return;
     }
     if shared.hosts.all.is_empty() {
-        answer.notes.push(format!("cluster {} has no endpoint", cluster.name));
+        answer.notes.push(nobody(&cluster.name, &shared.config.kind));
     }
     for host in &shared.hosts.all {
         let locality = &host.locality;
@@ -96,6 +96,21 @@ fn hosts(asked: &Asked<'_>, cluster: &ClusterRef, answer: &mut Answer) {
             transport: format!("{:?}", shared.transport(host)),
         });
     }
+}
+
+/// Why there is no host to list.
+fn nobody(cluster: &str, kind: &ClusterKind) -> String {
+    let (ClusterKind::StrictDns(inline) | ClusterKind::LogicalDns(inline)) = kind else {
+        return format!("cluster {cluster} has no endpoint");
+    };
+    let endpoints = inline.localities.iter().flat_map(|l| &l.endpoints);
+    let names: Vec<String> = endpoints
+        .filter_map(|e| match &e.address {
+            Address::Host(name, port) => Some(format!("{name}:{port}")),
+            _ => None,
+        })
+        .collect();
+    format!("cluster {cluster}: a running proxy asks DNS for {}", names.join(", "))
 }
 
 fn timers(forward: &Forward, http: &HttpChain, answer: &mut Answer) {
