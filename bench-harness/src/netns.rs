@@ -54,7 +54,9 @@ impl Lab {
         ip(&["-n", hub, "link", "set", &port, "master", "br0", "up"])?;
         ip(&["-n", &full, "link", "set", "lo", "up"])?;
         for address in addresses {
-            ip(&["-n", &full, "address", "add", address, "dev", "eth0"])?;
+            // Nobody else has it; without this an IPv6 address cannot be used for a second or two.
+            let sure: &[&str] = if address.contains(':') { &["nodad"] } else { &[] };
+            ip(&[&["-n", &full, "address", "add", address, "dev", "eth0"], sure].concat())?;
         }
         ip(&["-n", &full, "link", "set", "eth0", "up"])?;
         Ok(Space { name: full })

@@ -24,11 +24,16 @@ const SILENCE: Duration = Duration::from_secs(3600);
 /// The secret that every workload has.
 const WORKLOAD: &str = "default";
 
+/// Who connected to where, and where that leads: the client, the destination, the same when the client's wish is known.
+pub(super) type Ends = (SocketAddr, SocketAddr, Option<SocketAddr>);
+
 /// A connection as it was accepted.
 pub(super) struct Arrival {
     pub(super) peer: SocketAddr,
     pub(super) local: SocketAddr,
     pub(super) destination: SocketAddr,
+    /// `destination` is where the client wanted to go, not only where it was let in.
+    pub(super) captured: bool,
     pub(super) listener: Arc<Listener>,
     pub(super) env: Arc<Env>,
 }
@@ -41,6 +46,9 @@ pub(super) struct Conn {
     pub(super) peer: SocketAddr,
     pub(super) local: SocketAddr,
     pub(super) destination: SocketAddr,
+    /// Where the client wanted to go; `None` on a listener that traffic is not redirected to: a cluster of original
+    /// destinations would lead back to it.
+    pub(super) original_dst: Option<SocketAddr>,
     /// `None` is plaintext.
     pub(super) tls: Option<Arc<Peer>>,
     /// Server name that the client sent, whoever ends its TLS.
@@ -85,6 +93,7 @@ pub(super) async fn open(stream: Stream, mut arrival: Arrival) -> Option<(Stream
     let begun = (Instant::now(), SystemTime::now());
     match establish(stream, &arrival).await {
         Ok(found) => {
+            let original_dst = arrival.original_dst();
             let conn = Conn {
                 id: arrival.env.next_connection(),
                 env: arrival.env,
@@ -93,6 +102,7 @@ pub(super) async fn open(stream: Stream, mut arrival: Arrival) -> Option<(Stream
                 peer: arrival.peer,
                 local: arrival.local,
                 destination: arrival.destination,
+                original_dst,
                 tls: found.tls,
                 sni: found.sni,
                 client_tls: found.client_tls,
@@ -288,7 +298,21 @@ pub(super) fn check_policy(chain: &Chain, attributes: &Attributes<'_>, env: &Env
     Ok(())
 }
 
+impl Arrival {
+    fn original_dst(&self) -> Option<SocketAddr> {
+        self.captured.then_some(self.destination)
+    }
+
+    pub(super) fn ends(&self) -> Ends {
+        (self.peer, self.destination, self.original_dst())
+    }
+}
+
 impl Conn {
+    pub(super) fn ends(&self) -> Ends {
+        (self.peer, self.destination, self.original_dst)
+    }
+
     /// What policy may ask about on this connection.
     pub(super) fn attributes(&self) -> Attributes<'_> {
         Attributes {

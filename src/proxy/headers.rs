@@ -148,8 +148,12 @@ pub(super) fn on_request(
     if head.headers.len() != head.headers.keys_len() {
         join_lines(&mut head.headers, head.version);
     }
-    if seen.any(Seen::CONTROL) {
+    let internal = is_internal(&head.headers, (&options.internal_cidrs, options.use_remote_address), from.peer.ip());
+    if seen.any(Seen::CONTROL) && !internal {
         remove_control(&mut head.headers);
+    }
+    if internal {
+        head.headers.insert(INTERNAL, HeaderValue::from_static("true"));
     }
     let forwarded = if seen.any(Seen::FORWARDED_FOR) { last_forwarded(&head.headers) } else { None };
     let remote = if options.use_remote_address {
@@ -176,6 +180,21 @@ pub(super) fn on_request(
     Ok(Arrived { remote, upgrade })
 }
 
+/// Whether a request comes from an address that is configured as internal, as Envoy sees it: `x-forwarded-for`, after we
+/// have added to it what we add, is that one address. Such a client may steer us.
+fn is_internal(headers: &HeaderMap, (cidrs, appends): (&[ipnet::IpNet], bool), peer: IpAddr) -> bool {
+    if cidrs.is_empty() {
+        return false;
+    }
+    let mut lines = headers.get_all(FORWARDED_FOR).iter();
+    let client = match (lines.next(), lines.next(), appends) {
+        (None, _, true) => Some(peer),
+        (Some(only), None, false) => only.to_str().ok().and_then(|text| text.trim().parse().ok()),
+        _ => None,
+    };
+    client.is_some_and(|client: IpAddr| cidrs.iter().any(|cidr| cidr.contains(&client.to_canonical())))
+}
+
 /// The upgrade that a request asks for. HTTP/2 has none; `h2c` is not offered and dropped without a word.
 fn requested_upgrade(head: &Head, allowed: &[Box<str>]) -> Upgrade {
     let Some(wanted) = head.headers.get(UPGRADE) else { return Upgrade::No };
@@ -189,6 +208,12 @@ fn requested_upgrade(head: &Head, allowed: &[Box<str>]) -> Upgrade {
     }
     let known = allowed.iter().any(|name| wanted.as_bytes().eq_ignore_ascii_case(name.as_bytes()));
     if known { Upgrade::Allowed } else { Upgrade::Refused }
+}
+
+/// Whether a route lets the upgrade through that its connection manager allows.
+pub(super) fn may_upgrade(headers: &HeaderMap, said: &[(Box<str>, bool)]) -> bool {
+    let wanted = headers.get(UPGRADE).map(HeaderValue::as_bytes).unwrap_or_default();
+    said.iter().all(|(name, on)| *on || !wanted.eq_ignore_ascii_case(name.as_bytes()))
 }
 
 /// The comma-separated words of a header.
@@ -422,5 +447,29 @@ mod tests {
         assert_eq!(underscores(&mut head.headers, UnderscoreHeaders::RejectRequest), Err(Malformed::Underscore));
         assert_eq!(underscores(&mut head.headers, UnderscoreHeaders::DropHeader), Ok(()));
         assert_eq!(names(&head), ["a-b: 2"]);
+    }
+
+    #[test]
+    fn a_route_may_refuse_an_upgrade() {
+        let head = head("GET", "/", &[("connection", "upgrade"), ("upgrade", "WebSocket")]);
+        let may = |said: &[(Box<str>, bool)]| may_upgrade(&head.headers, said);
+        assert!(may(&[]) && may(&[("websocket".into(), true)]) && may(&[("connect".into(), false)]));
+        assert!(!may(&[("websocket".into(), false)]));
+    }
+
+    #[test]
+    fn internal_clients_have_one_address_of_a_configured_network() {
+        let cidrs = ["10.0.0.0/8".parse().unwrap()];
+        let internal = |forwarded: &[&str], trusting: bool, peer: &str| {
+            let lines: Vec<(&str, &str)> = forwarded.iter().map(|v| ("x-forwarded-for", *v)).collect();
+            is_internal(&head("GET", "/", &lines).headers, (&cidrs, !trusting), peer.parse().unwrap())
+        };
+        assert!(internal(&["10.1.2.3"], true, "192.0.2.1"));
+        assert!(internal(&[], false, "10.1.2.3"), "our own word");
+        assert!(!internal(&[], true, "10.1.2.3"), "nobody said so");
+        assert!(!internal(&["10.1.2.3"], false, "10.1.2.4"), "two addresses");
+        assert!(!internal(&["10.1.2.3, 10.1.2.4"], true, "10.1.2.3"), "two addresses");
+        assert!(!internal(&["192.0.2.1"], true, "10.1.2.3"));
+        assert!(!is_internal(&head("GET", "/", &[]).headers, (&[], true), "10.1.2.3".parse().unwrap()));
     }
 }

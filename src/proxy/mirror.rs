@@ -64,16 +64,10 @@ pub(super) fn send(http: &HttpConn, view: &View, forward: &Forward, head: &Head,
         headers::append_forwarded_for(&mut copy.headers, http.conn.local.ip());
         let cluster = view.cluster(id).clone();
         let (scheme, version, timeout) = (copy.scheme.clone(), copy.version, forward.timeout);
-        let (destination, body) = (http.conn.destination, body.copy());
+        let (original_dst, body) = (http.conn.original_dst, body.copy());
         // Nothing of the request waits for it: it ends by its own limits, or with the worker.
         tokio::spawn(async move {
-            let call = Call {
-                timeout,
-                scheme,
-                downstream_version: version,
-                original_dst: Some(destination),
-                ..Call::new(&cluster)
-            };
+            let call = Call { timeout, scheme, downstream_version: version, original_dst, ..Call::new(&cluster) };
             let sent = upstream::send(&call, parts_of(&mut copy), body, &mut Trace::default()).await;
             match sent {
                 Ok(answer) => drain(answer.body).await,

@@ -204,7 +204,8 @@ pub async fn serve(
     listener: Arc<Listener>,
     env: Arc<Env>,
 ) {
-    let arrival = conn::Arrival { peer, local, destination, listener, env };
+    let captured = listener.original_dst;
+    let arrival = conn::Arrival { peer, local, destination, captured, listener, env };
     // Apart, so that what a handshake needs is given back while the connection is served.
     let Some((stream, conn, early)) = Box::pin(conn::open(stream, arrival)).await else { return };
     match &conn.chain.terminal {

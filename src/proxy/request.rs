@@ -115,6 +115,9 @@ impl Script<'_> {
         let Some(forward) = self.answer_or_forward(&found, head)? else {
             return Err(Box::new(Reply::of(Kind::Internal)));
         };
+        if arrived.upgrade == Upgrade::Allowed && !headers::may_upgrade(&head.headers, &forward.upgrades) {
+            return Err(Box::new(Reply { close: true, ..Reply::new(403, "upgrade_failed", "") }));
+        }
         let cluster = self.cluster(&found, forward, &view)?;
         let target = Target { found: &found, forward, cluster: &cluster, view: &view };
         self.forward(head, body, target, passed, arrived.upgrade == Upgrade::Allowed).await
@@ -216,7 +219,7 @@ impl Script<'_> {
             downstream_version: head.version,
             alpn: passed.alpn,
             upgrade,
-            original_dst: Some(self.http.conn.destination),
+            original_dst: self.http.conn.original_dst,
             scheme: head.scheme.clone(),
             client: Some((self.http.conn.peer, self.http.conn.destination)),
             ..Call::new(target.cluster)

@@ -38,10 +38,9 @@ pub(super) async fn race(
 ) -> Result<Option<Early>, Refusal> {
     let view = arrival.env.view();
     let mut trace = Trace::default();
-    let ends = (arrival.peer, arrival.destination);
     let dialled = tokio::select! {
         run = say_something(client, sniffer) => return run.map(|()| None),
-        dialled = tcp::dial(&view, chain, ends, &mut trace) => dialled,
+        dialled = tcp::dial(&view, chain, arrival.ends(), &mut trace) => dialled,
     };
     let Ok((mut upstream, cluster)) = dialled else {
         say_something(client, sniffer).await?;

@@ -9,7 +9,7 @@ use std::time::Duration;
 use crossbeam_utils::CachePadded;
 use tokio::time::sleep;
 
-use super::conn::{Conn, check_policy};
+use super::conn::{Conn, Ends, check_policy};
 use super::ctx::{local_principal, peer_principal, service};
 use super::exchange::{self, Exchanged, Known};
 use super::live::{Now, chain_now};
@@ -125,7 +125,7 @@ enum Outcome {
 pub(super) async fn dial(
     view: &View,
     chain: &TcpChain,
-    (peer, destination): (SocketAddr, SocketAddr),
+    (peer, destination, original_dst): Ends,
     trace: &mut Trace,
 ) -> Result<(TcpUpstream, Arc<ClusterLocal>), (Error, Option<Arc<ClusterLocal>>)> {
     let nowhere = || (Error::local(Kind::NoCluster), None);
@@ -136,7 +136,7 @@ pub(super) async fn dial(
         cluster,
         max_connect_attempts: CONNECT_ATTEMPTS,
         hash: chain.hash_source_ip.then(|| upstream::xx_hash(peer.ip().to_string().as_bytes())),
-        original_dst: Some(destination),
+        original_dst,
         client: Some((peer, destination)),
     };
     match upstream::connect_tcp(&call, trace).await {
@@ -248,8 +248,7 @@ impl<'a> Account<'a> {
 
     async fn connect(&mut self) -> Result<TcpUpstream, Error> {
         let view = self.conn.env.view();
-        let ends = (self.conn.peer, self.conn.destination);
-        match dial(&view, self.chain, ends, &mut self.trace).await {
+        match dial(&view, self.chain, self.conn.ends(), &mut self.trace).await {
             Ok((upstream, cluster)) => {
                 self.cluster = Some(cluster);
                 Ok(upstream)

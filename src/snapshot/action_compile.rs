@@ -38,6 +38,10 @@ fn forward(said: &model::Forward, ids: &Ids<'_>, sink: &mut Sink<'_>) -> Result<
     if said.retry.as_ref().and_then(|retry| retry.per_try_idle_timeout).is_some_and(|limit| !limit.is_zero()) {
         return Err("retry_policy.per_try_idle_timeout is not supported".to_owned());
     }
+    // What the connection manager does not offer is refused before there is a route.
+    if let Some((name, _)) = said.upgrades.iter().find(|(name, on)| *on && !name.eq_ignore_ascii_case("websocket")) {
+        return Err(format!("upgrade_configs: the upgrade to {name} is not supported"));
+    }
     Ok(Forward {
         clusters: clusters(&said.clusters, ids, sink)?,
         timeout: off(said.timeout.unwrap_or(TIMEOUT)),

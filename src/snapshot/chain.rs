@@ -192,12 +192,8 @@ pub struct HttpOptions {
     pub upgrades: Box<[Box<str>]>,
     /// HTTP/1.0 is served.
     pub accept_http_10: bool,
-    /// Absolute-form requests are accepted.
-    pub allow_absolute_url: bool,
     /// Header case is kept.
     pub preserve_header_case: bool,
-    /// `Expect: 100-continue` is forwarded.
-    pub proxy_100_continue: bool,
     /// x-forwarded-port is appended.
     pub append_x_forwarded_port: bool,
     /// `x-envoy-*` response headers are left out.

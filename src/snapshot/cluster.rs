@@ -67,6 +67,14 @@ impl ClusterShared {
         }
     }
 
+    /// Its name in statistics: `alt_stat_name`, up to the `;` by which Istio marks its end.
+    pub fn stat_name(&self) -> &str {
+        match self.config.alt_stat_name.split(';').next() {
+            None | Some("") => &self.name,
+            Some(name) => name,
+        }
+    }
+
     /// The socket of a host.
     pub fn transport(&self, host: &super::Host) -> &Transport {
         self.transports.get(host.transport).unwrap_or_else(|| self.default_transport())

@@ -59,7 +59,7 @@ impl View {
             let new = if Arc::ptr_eq(shared, &old.shared) {
                 Arc::clone(old)
             } else {
-                let new = ClusterLocal::new(Arc::clone(shared), shard.cluster(&shared.name), Some(old));
+                let new = ClusterLocal::new(Arc::clone(shared), shard.cluster(shared.stat_name()), Some(old));
                 old.retire(Some(&new));
                 new
             };
@@ -73,7 +73,7 @@ impl View {
     pub fn cluster(&self, id: ClusterId) -> &Arc<ClusterLocal> {
         self.clusters[id.index()].get_or_init(|| {
             let shared = self.snap.cluster(id);
-            ClusterLocal::new(Arc::clone(shared), self.shard.cluster(&shared.name), None)
+            ClusterLocal::new(Arc::clone(shared), self.shard.cluster(shared.stat_name()), None)
         })
     }
 

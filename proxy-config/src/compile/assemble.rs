@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use super::view::{Interception, View};
+use super::view::View;
 use super::{inbound, listener, route, virtual_service_check};
+use crate::istio::peer_authentication::Mode;
 use crate::model::{Model, Name, Reject, Severity};
 use crate::registry::{Provider, Resolution};
 
@@ -15,7 +16,7 @@ pub fn fill(view: &View<'_>, model: &mut Model) {
             model.routes.insert(name, Arc::new(table));
         }
     }
-    listeners.extend(inbound::listener(view));
+    listeners.extend(inbound::listeners(view));
     model.listeners.extend(listeners.into_iter().map(|l| (Name::clone(&l.name), Arc::new(l))));
     model.rejects.extend(view.virtual_services.iter().flat_map(virtual_service_check::check));
     unsupported(view, &mut model.rejects);
@@ -32,9 +33,13 @@ fn unsupported(view: &View<'_>, rejects: &mut Vec<Reject>) {
             code: None,
         });
     };
-    if view.mesh.interception == Interception::None {
-        let reason = "NONE is not supported yet: no listener is made";
-        tell(format!("Node {}", view.proxy.name), "INTERCEPTION_MODE", reason, Severity::Error);
+    for target in view.targets {
+        let Some(ingress) = target.ingress.as_ref().filter(|i| i.tls.is_some()) else { continue };
+        if view.mtls.port(target.target_port) != Mode::Disable {
+            let reason =
+                format!("port {}: has no effect unless a PeerAuthentication DISABLEs mTLS there", target.target_port);
+            tell(format!("Sidecar {}", ingress.object), "spec.ingress.tls", &reason, Severity::Warning);
+        }
     }
     for service in view.services.iter().filter(|s| s.resolution == Resolution::DynamicDns) {
         let reason = "DYNAMIC_DNS is not supported yet: requests have no healthy upstream";

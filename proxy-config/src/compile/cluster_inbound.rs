@@ -7,7 +7,7 @@ use super::cluster_outbound::{service_entry, stat_name};
 use super::cluster_policy::Draft;
 use super::clusters::{Inputs, bare, magic_source};
 use super::destination_rules::on_port;
-use super::view::{Interception, View};
+use super::view::View;
 use crate::istio::destination_rule::TrafficPolicy;
 use crate::istio::mesh_config::InboundMode;
 use crate::model::{
@@ -17,11 +17,9 @@ use crate::registry::ServiceTarget;
 
 /// Clusters of every port that the proxy serves.
 pub(super) fn clusters(view: &View<'_>, inputs: Inputs<'_>) -> Vec<Cluster> {
-    if view.mesh.interception == Interception::None {
-        return Vec::new();
-    }
     let mut by_port: BTreeMap<u16, Vec<&ServiceTarget>> = BTreeMap::new();
-    for target in view.targets {
+    // Without capture only what a Sidecar declares comes in.
+    for target in view.targets.iter().filter(|t| t.ingress.is_some() || !view.is_uncaptured()) {
         by_port.entry(target.target_port).or_default().push(target);
     }
     by_port.into_iter().map(|(port, targets)| cluster(view, inputs, port, &targets)).collect()

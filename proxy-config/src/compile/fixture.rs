@@ -104,6 +104,7 @@ impl Mesh {
             mesh: &self.settings,
             services: &self.services,
             dependencies: &[],
+            egress: &[],
             targets: &self.targets,
             virtual_services: &self.virtual_services,
             mtls: &self.mtls,

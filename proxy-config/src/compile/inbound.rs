@@ -10,6 +10,7 @@ use std::sync::Arc;
 use super::view::{Interception, View};
 use super::{hosts, http, route, tls};
 use crate::istio::peer_authentication::Mode;
+use crate::istio::sidecar::ServerTls;
 use crate::model::{
     Address, ChainMatch, Direction, FilterChain, Listener, ListenerFilter, ListenerFilterKind, Name, NetworkFilter,
     PortPredicate, RouteSource, RouteTable, TcpProxy, TransportProtocol, VirtualHost, WeightedName,
@@ -37,6 +38,10 @@ struct Target<'a> {
     host: &'a str,
     /// Address in the names of its chains.
     bind: &'a str,
+    /// It is listened on.
+    bound: bool,
+    /// TLS of its own, where the mesh asks for none.
+    tls: Option<&'a ServerTls>,
 }
 
 /// One chain of a port, before its filters.
@@ -55,6 +60,13 @@ pub(super) fn wildcard(proxy: &Proxy) -> IpAddr {
     IpAddr::V4(Ipv4Addr::UNSPECIFIED)
 }
 
+/// The wildcard address of the family that [`wildcard`] is not of, for a proxy that has both: what is captured of it has
+/// to arrive as well. istiod adds it only under a flag, and refuses the connections without.
+pub(super) fn other_family(proxy: &Proxy, port: u16) -> Vec<Address> {
+    let both = proxy.ips.iter().any(IpAddr::is_ipv4) && proxy.ips.iter().any(IpAddr::is_ipv6);
+    both.then(|| Address::Socket((Ipv6Addr::UNSPECIFIED, port).into())).into_iter().collect()
+}
+
 /// Plaintext HTTP as the HTTP inspector tells it.
 pub(super) fn plaintext_http(http10: bool) -> Vec<String> {
     let names: &[&str] = if http10 { &["http/1.0", "http/1.1", "h2c"] } else { &["http/1.1", "h2c"] };
@@ -65,44 +77,101 @@ fn strings(names: &[&str]) -> Vec<String> {
     names.iter().map(|n| (*n).to_owned()).collect()
 }
 
-/// The listener of captured inbound traffic; `None` without interception.
-pub fn listener(view: &View<'_>) -> Option<Listener> {
-    if view.mesh.interception == Interception::None {
-        return None;
-    }
+/// The listener of captured inbound traffic, where there is any, and those of a Sidecar's ports that are listened on.
+pub fn listeners(view: &View<'_>) -> Vec<Listener> {
     let served = served(view);
+    let captured = (!view.is_uncaptured()).then(|| captured(view, &served));
+    let own = served.values().filter(|target| target.bound).map(|target| bound(view, target));
+    captured.into_iter().chain(own).collect()
+}
+
+/// Chains of one declared port.
+fn of_port(view: &View<'_>, target: &Target<'_>) -> Vec<FilterChain> {
+    let mode = view.mtls.port(target.port.unwrap_or_default());
+    match target.tls {
+        // Beside the mesh's own TLS there is no room for another.
+        Some(tls) if mode == Mode::Disable => own_tls(view, target, tls),
+        _ => chains(view, target, mode),
+    }
+}
+
+/// Chains behind TLS that a Sidecar says: nothing else is let in.
+fn own_tls(view: &View<'_>, target: &Target<'_>, said: &ServerTls) -> Vec<FilterChain> {
+    let inside = match target.protocol {
+        Protocol::Https => Protocol::Http,
+        Protocol::Tls => Protocol::Tcp,
+        other => other,
+    };
+    let target = Target { protocol: inside, cluster: target.cluster.clone(), ..*target };
+    let mut out: Vec<FilterChain> =
+        shapes(false, inside, Mode::Strict).into_iter().map(|shape| chain(view, &target, shape)).collect();
+    // Who speaks plain TLS sends no ALPN of the mesh.
+    out.retain(|chain| chain.matches.application_protocols.is_empty());
+    out.iter_mut().for_each(|chain| chain.tls = Some(tls::of_sidecar(said)));
+    out
+}
+
+/// A port of a Sidecar with a socket of its own.
+fn bound(view: &View<'_>, target: &Target<'_>) -> Listener {
+    let port = target.port.unwrap_or_default();
+    let mut chains = of_port(view, target);
+    if let Some(object) = &view.policies.unusable {
+        chains.iter_mut().for_each(|c| c.unusable = Some(object.clone()));
+    }
+    let ip = target.bind.parse().unwrap_or_else(|_| wildcard(view.proxy));
+    Listener {
+        name: Name::from(chain_name(view, target, false)),
+        address: Address::Socket(SocketAddr::new(ip, port)),
+        additional_addresses: Vec::new(),
+        listener_filters: inspectors(&chains),
+        filter_chains: chains,
+        use_original_dst: false,
+        transparent: false,
+        exact_balance: false,
+        access_log: Vec::new(),
+        ..skeleton(view)
+    }
+}
+
+fn captured(view: &View<'_>, served: &BTreeMap<u16, Target<'_>>) -> Listener {
     let mut chains = vec![blackhole(view)];
-    chains.extend(passthrough(view, &served));
-    for target in served.values() {
-        chains.extend(self::chains(view, target, view.mtls.port(target.port.unwrap_or_default())));
+    chains.extend(passthrough(view, served));
+    for target in served.values().filter(|target| !target.bound) {
+        chains.extend(of_port(view, target));
     }
     if let Some(object) = &view.policies.unusable {
         chains.iter_mut().skip(1).for_each(|c| c.unusable = Some(object.clone()));
     }
-    Some(Listener {
+    Listener { listener_filters: listener_filters(view, &chains), filter_chains: chains, ..skeleton(view) }
+}
+
+fn skeleton(view: &View<'_>) -> Listener {
+    Listener {
         name: Name::from("virtualInbound"),
         address: Address::Socket(SocketAddr::new(wildcard(view.proxy), view.mesh.inbound_port)),
-        additional_addresses: Vec::new(),
+        additional_addresses: other_family(view.proxy, view.mesh.inbound_port),
         direction: Direction::Inbound,
         bind_to_port: true,
         use_original_dst: false,
         transparent: view.mesh.interception == Interception::Tproxy,
-        listener_filters: listener_filters(view, &chains),
+        listener_filters: Vec::new(),
         listener_filters_timeout: view.mesh.detection_timeout,
         continue_on_listener_filters_timeout: true,
-        filter_chains: chains,
+        filter_chains: Vec::new(),
         default_filter_chain: None,
         access_log: view.mesh.inbound_told.listener_access_log.clone(),
         exact_balance: view.mesh.inbound_exact_balance,
         max_accepts_per_event: Some(1),
-    })
+    }
 }
 
 /// Service ports by workload port; of several services on one port the oldest decides.
 fn served<'a>(view: &View<'a>) -> BTreeMap<u16, Target<'a>> {
     let mut out = BTreeMap::new();
     for t in view.targets {
-        if t.port.protocol == Protocol::Udp || view.is_reserved(t.target_port) {
+        // What is not captured has to be asked for.
+        let unheard = view.is_uncaptured() && t.ingress.is_none();
+        if t.port.protocol == Protocol::Udp || view.is_reserved(t.target_port) || unheard {
             continue;
         }
         out.entry(t.target_port).or_insert_with(|| Target {
@@ -112,6 +181,8 @@ fn served<'a>(view: &View<'a>) -> BTreeMap<u16, Target<'a>> {
             protocol: t.port.protocol,
             host: t.ingress.as_ref().map_or(&t.service.hostname, |i| &i.host),
             bind: t.ingress.as_ref().map_or("", |i| &i.bind),
+            bound: t.ingress.as_ref().is_some_and(|i| i.bound),
+            tls: t.ingress.as_ref().and_then(|i| i.tls.as_ref()),
         });
     }
     out
@@ -146,6 +217,8 @@ fn passthrough(view: &View<'_>, served: &BTreeMap<u16, Target<'_>>) -> Vec<Filte
         protocol: Protocol::Auto,
         host: "",
         bind: "",
+        bound: false,
+        tls: None,
     };
     ports.flat_map(|p| chains(view, &target(p), p.map_or(view.mtls.mode, |p| view.mtls.port(p)))).collect()
 }
@@ -276,6 +349,12 @@ fn listener_filters(view: &View<'_>, chains: &[FilterChain]) -> Vec<ListenerFilt
     if view.mesh.interception == Interception::Tproxy {
         out.push(everywhere(ListenerFilterKind::OriginalSrc { mark: 1337 }));
     }
+    out.extend(inspectors(chains));
+    out
+}
+
+fn inspectors(chains: &[FilterChain]) -> Vec<ListenerFilter> {
+    let mut out = Vec::new();
     // Port zero stands for the chains of every other port.
     let mut needs: BTreeMap<u16, (bool, bool)> = BTreeMap::new();
     for chain in chains {
@@ -353,7 +432,7 @@ mod tests {
         mesh.serve();
         mesh.mtls =
             Effective { mode: Mode::Strict, ports: BTreeMap::from([(7000, Mode::Disable), (1, Mode::Disable)]) };
-        let listener = mesh.with_view(listener).expect("captured");
+        let listener = mesh.with_view(listeners).remove(0);
         let of = |port: u16| -> Vec<&FilterChain> {
             listener.filter_chains.iter().filter(|c| c.matches.destination_port == Some(port)).collect()
         };
@@ -368,7 +447,7 @@ mod tests {
         let mut mesh = Mesh::new(vec![web()]);
         mesh.serve();
         mesh.policies.unusable = Some("AuthorizationPolicy app/p".to_owned());
-        let listener = mesh.with_view(listener).expect("captured");
+        let listener = mesh.with_view(listeners).remove(0);
         assert!(listener.filter_chains[1..].iter().all(|c| c.unusable.is_some()));
     }
 }

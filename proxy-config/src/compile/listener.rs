@@ -5,7 +5,7 @@
 //! first bytes, and of two chains with the same match the older service's stays.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
 
 use super::inbound::{self, plaintext_http};
@@ -33,26 +33,88 @@ enum Class {
 struct Entry {
     class: Class,
     drafts: Vec<Draft>,
+    /// It has a socket of its own.
+    bound: bool,
+    /// A Sidecar's own listener: what else there is of its port is not wanted on it.
+    closed: bool,
+}
+
+/// Where the listeners of a set of services are.
+#[derive(Clone, Copy)]
+struct Place<'a> {
+    /// Their address; `None` follows from service and port.
+    bind: Option<&'a str>,
+    bound: bool,
 }
 
 type Entries = BTreeMap<(String, u16), Entry>;
 
-/// All outbound listeners of a proxy whose traffic is captured.
+/// All outbound listeners of a proxy. Those of a proxy whose traffic is not captured have sockets at the loopback address.
 pub fn listeners(view: &View<'_>) -> Vec<Listener> {
-    if view.mesh.interception == Interception::None {
-        return Vec::new();
-    }
     let mut entries = Entries::new();
+    if view.egress.is_empty() {
+        every_port(view, place(view, "", false, None).as_place(), &mut entries);
+    }
+    for egress in view.egress.iter().filter(|e| !e.bind.starts_with("unix://")) {
+        let seen = view.through(egress);
+        let place = place(view, &egress.bind, egress.bound, egress.port.as_ref());
+        match &egress.port {
+            Some(port) => own_port(&seen, place.as_place(), port, &mut entries),
+            None => {
+                entries.values_mut().for_each(|entry| entry.closed = true);
+                every_port(&seen, place.as_place(), &mut entries);
+            }
+        }
+    }
+    let mut out: Vec<Listener> = entries.into_iter().map(|(key, entry)| finish(view, key, entry)).collect();
+    if !view.is_uncaptured() {
+        out.push(virtual_outbound(view));
+    }
+    out
+}
+
+/// An address that was chosen, with its owner.
+struct Chosen {
+    bind: Option<String>,
+    bound: bool,
+}
+
+impl Chosen {
+    fn as_place(&self) -> Place<'_> {
+        Place { bind: self.bind.as_deref(), bound: self.bound }
+    }
+}
+
+/// Where an egress listener is: at the address that it names, else, with a socket, at the loopback address, and captured
+/// on a port of its own at the wildcard address.
+fn place(view: &View<'_>, bind: &str, bound: bool, port: Option<&ServicePort>) -> Chosen {
+    let bound = bound || view.is_uncaptured();
+    let wildcard = inbound::wildcard(view.proxy);
+    let bind = match (bind, bound, port) {
+        ("", true, _) if wildcard.is_ipv6() => Some(Ipv6Addr::LOCALHOST.to_string()),
+        ("", true, _) => Some(Ipv4Addr::LOCALHOST.to_string()),
+        ("", false, Some(_)) => Some(wildcard.to_string()),
+        ("", false, None) => None,
+        (bind, ..) => Some(bind.to_owned()),
+    };
+    Chosen { bind, bound }
+}
+
+/// One port, spoken as the Sidecar says, for every service of the listener.
+fn own_port(view: &View<'_>, place: Place<'_>, port: &ServicePort, entries: &mut Entries) {
+    for service in view.services.iter().filter(|s| s.resolution != Resolution::Alias) {
+        add(view, entries, (service, port, &[]), place);
+    }
+}
+
+fn every_port(view: &View<'_>, place: Place<'_>, entries: &mut Entries) {
     let alias_names = aliases(view.services);
     for service in view.services.iter().filter(|s| s.resolution != Resolution::Alias) {
         let aliases = alias_names.get(service.hostname.as_str()).map_or(&[][..], Vec::as_slice);
         for port in &service.ports {
-            add(view, &mut entries, service, port, aliases);
+            add(view, entries, (service, port, aliases), place);
         }
     }
-    let mut out: Vec<Listener> = entries.into_iter().map(|(key, entry)| finish(view, key, entry)).collect();
-    out.push(virtual_outbound(view));
-    out
 }
 
 /// Names of the route tables that a set of listeners asks for.
@@ -73,14 +135,23 @@ pub fn route_names(listeners: &[Listener]) -> Vec<Name> {
     out
 }
 
-fn add(view: &View<'_>, entries: &mut Entries, service: &Service, port: &ServicePort, aliases: &[&str]) {
-    if port.protocol == Protocol::Udp || (port.protocol.is_http() && view.is_reserved(port.number)) {
+fn add(
+    view: &View<'_>,
+    entries: &mut Entries,
+    (service, port, aliases): (&Service, &ServicePort, &[&str]),
+    place: Place<'_>,
+) {
+    let needs_wildcard = port.protocol.is_http() || place.bound;
+    if port.protocol == Protocol::Udp || (needs_wildcard && view.is_reserved(port.number)) {
         return;
     }
     let wildcard = inbound::wildcard(view.proxy).to_string();
     let at = |bind: &str, cidrs: &[String], entries: &mut Entries| {
-        insert(view, entries, Site { service, port, bind, cidrs, aliases });
+        insert(view, entries, Site { service, port, bind, cidrs, aliases }, place.bound);
     };
+    if let Some(bind) = place.bind {
+        return at(bind, &[], entries);
+    }
     if port.protocol.is_http() {
         return at(&wildcard, &[], entries);
     }
@@ -122,16 +193,19 @@ fn per_endpoint(view: &View<'_>, service: &Service, port: &ServicePort, at: &mut
     }
 }
 
-fn insert(view: &View<'_>, entries: &mut Entries, site: Site<'_>) {
+fn insert(view: &View<'_>, entries: &mut Entries, site: Site<'_>, bound: bool) {
     let protocol = site.port.protocol;
     let key = (site.bind.to_owned(), site.port.number);
     let wildcard = inbound::wildcard(view.proxy).to_string();
     let existing = entries.get_mut(&key);
+    if existing.as_ref().is_some_and(|entry| entry.closed) {
+        return;
+    }
     if protocol == Protocol::HttpProxy {
         if existing.is_none() {
             let content = Content::Http(site.port.number.to_string(), protocol);
             let draft = Draft { sni: Vec::new(), cidrs: Vec::new(), http: Vec::new(), content };
-            entries.insert(key, Entry { class: Class::Http, drafts: vec![draft] });
+            entries.insert(key, Entry { class: Class::Http, drafts: vec![draft], bound, closed: false });
         }
         return;
     }
@@ -140,7 +214,7 @@ fn insert(view: &View<'_>, entries: &mut Entries, site: Site<'_>) {
         None => {
             let class = if incoming == Class::Http && site.bind == wildcard { Class::Sniffed } else { incoming };
             let drafts = drafts(view, site, &wildcard);
-            entries.insert(key, Entry { class, drafts });
+            entries.insert(key, Entry { class, drafts, bound, closed: false });
         }
         Some(entry) => merge(view, entry, incoming, site, &wildcard),
     }
@@ -165,7 +239,8 @@ fn merge(view: &View<'_>, entry: &mut Entry, incoming: Class, site: Site<'_>, wi
     }
     let drafts = match (entry.class, incoming) {
         (Class::Http, Class::Sniffed) => {
-            *entry = Entry { class: Class::Sniffed, drafts: drafts(view, site, wildcard) };
+            entry.class = Class::Sniffed;
+            entry.drafts = drafts(view, site, wildcard);
             return;
         }
         (Class::Sniffed, Class::Sniffed) => tcp_drafts(view, site),
@@ -233,6 +308,10 @@ fn finish(view: &View<'_>, (bind, port): (String, u16), entry: Entry) -> Listene
         default = Some(fallthrough(view));
     }
     let mut listener = empty(view, &name, &bind, port);
+    if entry.bound {
+        listener.bind_to_port = true;
+        listener.max_accepts_per_event = Some(1);
+    }
     let inspector = |kind| ListenerFilter { kind, disabled: None };
     if needs_tls {
         let kind = ListenerFilterKind::TlsInspector { initial_read_buffer_size: Some(512) };
@@ -244,8 +323,8 @@ fn finish(view: &View<'_>, (bind, port): (String, u16), entry: Entry) -> Listene
     }
     // A network is listened for on the wildcard addresses of every family that the proxy has.
     let networks = entry.drafts.iter().any(|d| !d.cidrs.is_empty());
-    if networks && view.proxy.ips.iter().any(IpAddr::is_ipv4) && view.proxy.ips.iter().any(IpAddr::is_ipv6) {
-        listener.additional_addresses = vec![Address::Socket((Ipv6Addr::UNSPECIFIED, port).into())];
+    if networks {
+        listener.additional_addresses = inbound::other_family(view.proxy, port);
     }
     listener.filter_chains = chains;
     listener.default_filter_chain = default;
@@ -304,6 +383,7 @@ fn virtual_outbound(view: &View<'_>) -> Listener {
         ..FilterChain::default()
     };
     let mut listener = empty(view, "virtualOutbound", &inbound::wildcard(view.proxy).to_string(), port);
+    listener.additional_addresses = inbound::other_family(view.proxy, port);
     listener.bind_to_port = true;
     listener.use_original_dst = true;
     listener.transparent = view.mesh.interception == Interception::Tproxy;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::route_action::{self, Lookup};
-use super::view::{OutboundPolicy, View, aliases};
+use super::view::{Egress, OutboundPolicy, View, aliases};
 use super::virtual_host::{self, Taken};
 use super::virtual_services::Routes;
 use super::{hosts, route_match};
@@ -42,7 +42,25 @@ pub fn table(view: &View<'_>, name: &str) -> Option<RouteTable> {
         None => (None, name),
     };
     let port: u16 = port.parse().ok()?;
-    let mut virtual_hosts = virtual_hosts(view, port);
+    let scoped;
+    let mut proxied = false;
+    let mut view = view;
+    let mut virtual_hosts = if view.egress.is_empty() {
+        virtual_hosts(view, port)
+    } else {
+        // The listener of the port, else the one of every port.
+        let listens = |e: &&Egress| e.port.as_ref().is_none_or(|p| p.number == port);
+        let egress = view.egress.iter().find(listens)?;
+        scoped = view.through(egress);
+        view = &scoped;
+        match &egress.port {
+            Some(own) if own.protocol == Protocol::HttpProxy => {
+                proxied = true;
+                of_proxy(view)
+            }
+            _ => virtual_hosts(view, port),
+        }
+    };
     if let Some(host) = host {
         virtual_hosts = of_sniffed(virtual_hosts, name, host);
     }
@@ -53,10 +71,30 @@ pub fn table(view: &View<'_>, name: &str) -> Option<RouteTable> {
     Some(RouteTable {
         name: Name::from(name),
         virtual_hosts,
-        ignore_port_in_host_matching: true,
+        // The names of a forward proxy have ports; without them only those of port 80 would be found.
+        ignore_port_in_host_matching: !proxied,
         max_direct_response_body_size: Some(MAX_DIRECT_RESPONSE),
         validate_clusters: false,
     })
+}
+
+/// Through a forward proxy every port of every service can be asked for, by name and port.
+fn of_proxy(view: &View<'_>) -> Vec<VirtualHost> {
+    let ports = view.services.iter().flat_map(|s| &s.ports).filter(|p| is_http_or_sniffed(p.protocol));
+    let ports: BTreeSet<u16> = ports.map(|p| p.number).collect();
+    let mut out = Vec::new();
+    for port in ports {
+        for mut host in virtual_hosts(view, port) {
+            let names = std::mem::take(&mut host.domains);
+            for name in names {
+                let full = format!("{name}:{port}");
+                host.domains.extend((port == 80).then_some(name));
+                host.domains.push(full);
+            }
+            out.push(host);
+        }
+    }
+    out
 }
 
 /// A sniffed port has a table of its own: whatever is said there is said to its service.

@@ -13,9 +13,10 @@ use crate::model::{
     AccessLog, ClientCertDetails, Direction, EscapedSlashes, ForwardClientCert, HashPolicy, HttpFilter, IstioStats,
     Rbac, ServerHeader, TlsVersion, Tracing,
 };
-use crate::registry::{Proxy, Service, ServiceEndpoint, ServiceTarget};
+use crate::registry::{Proxy, Service, ServiceEndpoint, ServicePort, ServiceTarget};
 
 /// Everything that one proxy sees.
+#[derive(Clone, Copy)]
 pub struct View<'a> {
     /// The proxy.
     pub proxy: &'a Proxy,
@@ -25,6 +26,8 @@ pub struct View<'a> {
     pub services: &'a [Arc<Service>],
     /// Services that only routes lead to: they have clusters, but neither listeners nor routes of their own.
     pub dependencies: &'a [Arc<Service>],
+    /// Egress listeners of the Sidecar, the one without a port last; empty: one that sees everything.
+    pub egress: &'a [Egress],
     /// Service ports that the proxy itself serves, oldest service first.
     pub targets: &'a [ServiceTarget],
     /// VirtualServices of the mesh gateway that the proxy sees, in order of precedence.
@@ -45,10 +48,35 @@ impl View<'_> {
         self.services.iter().chain(self.dependencies)
     }
 
+    /// What is seen through an egress listener.
+    pub(super) fn through<'b>(&'b self, egress: &'b Egress) -> View<'b> {
+        View { services: &egress.services, virtual_services: &egress.routes, ..*self }
+    }
+
+    /// Whether the proxy listens for everything itself.
+    pub(super) fn is_uncaptured(&self) -> bool {
+        self.mesh.interception == Interception::None
+    }
+
     /// Whether the proxy itself needs the port on the wildcard address.
     pub(super) fn is_reserved(&self, port: u16) -> bool {
         port == self.mesh.outbound_port || port == self.mesh.inbound_port || self.mesh.reserved_ports.contains(&port)
     }
+}
+
+/// An egress listener of a Sidecar, with what it sees.
+#[derive(Debug, Clone)]
+pub struct Egress {
+    /// Its port; `None` is every port of its services.
+    pub port: Option<ServicePort>,
+    /// Address to listen on; empty follows from the services.
+    pub bind: String,
+    /// It is listened on; its traffic is not captured.
+    pub bound: bool,
+    /// Services that can be called through it.
+    pub services: Vec<Arc<Service>>,
+    /// VirtualServices that hold on it.
+    pub routes: Vec<Routes>,
 }
 
 /// Policies as filters of the proxy's inbound chains.

@@ -8,17 +8,19 @@ use super::identity::{self, Identity};
 use crate::bootstrap::Node;
 use crate::compile::destination_rules::{self, DestinationRules};
 use crate::compile::policies::TokenPolicy;
-use crate::compile::view::{OutboundPolicy, Policies, Settings, View};
+use crate::compile::view::{Egress, Interception, OutboundPolicy, Policies, Settings, View};
 use crate::compile::virtual_services::{self, Routes};
 use crate::compile::{assemble, authz, authz_provider, clusters, peer_auth, policies, settings, telemetry};
 use crate::istio::mesh_config::OutboundMode;
 use crate::istio::proxy_config::ProxyConfig;
-use crate::istio::sidecar::Sidecar;
+use crate::istio::sidecar::{self, Sidecar};
 use crate::model::{Model, Reject, Severity};
 use crate::objects::{Object, Objects};
 use crate::registry::catalog::{Catalog, DOMAIN};
 use crate::registry::scope::{self, Scope};
-use crate::registry::{Proxy, Service, ServiceTarget, ingress, names, services, targets};
+use crate::registry::{
+    Protocol, Proxy, Service, ServicePort, ServiceTarget, TargetPort, ingress, names, services, targets,
+};
 
 /// A compiled model and whom it is for.
 pub(super) struct Compiled {
@@ -53,12 +55,13 @@ fn fill(objects: &Objects, catalog: &Catalog<'_>, identity: &Identity, model: &m
     let mut settings = settings::settings(mesh, &config, proxy, &mut model.rejects);
     telemetry_of(objects, proxy, (&config, &catalog.services), &mut settings, model);
     let own = targets::targets(catalog, &identity.me, proxy);
-    let Seen { scope, targets, closed } = apply_sidecar(objects, proxy, own, &mut settings, &mut model.rejects);
+    let Seen { egress, targets, closed } = apply_sidecar(objects, proxy, own, &mut settings, &mut model.rejects);
     let (namespace, export) = (proxy.namespace.as_str(), mesh.default_service_export_to.as_slice());
-    let visible = services::visible(&catalog.services, namespace, export, &scope);
-    let mut routes = routes(objects, proxy, &mut model.rejects);
-    routes.retain(|r| scope.virtual_service(&r.namespace, &r.spec.hosts));
     let exported = services::visible(&catalog.services, namespace, export, &Scope::default());
+    let routes = routes(objects, proxy, &mut model.rejects);
+    let egress =
+        scoped(&egress, proxy, |scope| services::visible(&catalog.services, namespace, export, scope), &routes);
+    let (visible, routes) = seen(&egress, &exported, routes);
     let dependencies = scope::dependencies(&exported, &visible, routes.iter().map(|r| &r.spec), namespace);
     let peers = peer_policies(objects);
     let mtls = peer_auth::effective(&peers, &settings.root_namespace, &proxy.namespace, &proxy.labels);
@@ -76,6 +79,7 @@ fn fill(objects: &Objects, catalog: &Catalog<'_>, identity: &Identity, model: &m
         mesh: &settings,
         services: &visible,
         dependencies: &dependencies,
+        egress: &egress,
         targets: &targets,
         virtual_services: &routes,
         mtls: &mtls,
@@ -186,9 +190,46 @@ fn sidecar<'o>(objects: &'o Objects, proxy: &Proxy, root: &str) -> Option<&'o Ob
         .or_else(|| objects.sidecars.iter().find(|s| s.meta.namespace == root && selector(s).is_none()))
 }
 
+/// The egress listeners of a Sidecar with what each sees.
+fn scoped(
+    said: &[sidecar::Egress],
+    proxy: &Proxy,
+    visible: impl Fn(&Scope) -> Vec<Arc<Service>>,
+    routes: &[Routes],
+) -> Vec<Egress> {
+    let one = |said: &sidecar::Egress| {
+        let scope = Scope::new(std::slice::from_ref(said), &proxy.namespace);
+        let mut services = visible(&scope);
+        let port = said.port.as_ref().map(|p| ServicePort {
+            name: p.name.clone(),
+            number: p.number,
+            protocol: services::named(&p.protocol),
+            target: TargetPort::Number(p.number),
+        });
+        // A forward proxy is asked for every port.
+        if let Some(port) = port.as_ref().filter(|p| p.protocol != Protocol::HttpProxy) {
+            scope::only_port(&mut services, port.number);
+        }
+        let routes = routes.iter().filter(|r| scope.virtual_service(&r.namespace, &r.spec.hosts)).cloned().collect();
+        Egress { port, bind: said.bind.clone(), bound: said.capture_mode == "NONE", services, routes }
+    };
+    said.iter().map(one).collect()
+}
+
+/// What is seen through any listener; everything without a Sidecar's own.
+fn seen(egress: &[Egress], exported: &[Arc<Service>], mut routes: Vec<Routes>) -> (Vec<Arc<Service>>, Vec<Routes>) {
+    if egress.is_empty() {
+        return (exported.to_vec(), routes);
+    }
+    let known = egress.iter().flat_map(|e| &e.routes).map(|r| (r.namespace.as_str(), r.name.as_str()));
+    let known: BTreeSet<(&str, &str)> = known.collect();
+    routes.retain(|r| known.contains(&(r.namespace.as_str(), r.name.as_str())));
+    (scope::union(egress.iter().flat_map(|e| &e.services)), routes)
+}
+
 /// What is left after the Sidecar has been heard.
 struct Seen {
-    scope: Scope,
+    egress: Vec<sidecar::Egress>,
     targets: Vec<ServiceTarget>,
     /// The Sidecar, when it asks for a protection that is not given.
     closed: Option<String>,
@@ -203,7 +244,7 @@ fn apply_sidecar(
     rejects: &mut Vec<Reject>,
 ) -> Seen {
     let Some(object) = sidecar(objects, proxy, &settings.root_namespace) else {
-        return Seen { scope: Scope::default(), targets: own, closed: None };
+        return Seen { egress: Vec::new(), targets: own, closed: None };
     };
     let (meta, spec) = (&object.meta, &object.spec);
     let resource = format!("Sidecar {}/{}", meta.namespace, meta.name);
@@ -229,16 +270,17 @@ fn apply_sidecar(
         };
     }
     settings.inbound_pool.clone_from(&spec.inbound_connection_pool);
-    if spec.egress.iter().any(|e| e.port.is_some()) {
-        let reason = "listeners of their own ports are not supported yet: their hosts are seen on every port";
-        tell("spec.egress".to_owned(), reason.to_owned(), false);
+    for (index, said) in spec.egress.iter().enumerate().filter(|(_, e)| e.bind.starts_with("unix://")) {
+        let reason = format!("{}: Unix domain sockets are not listened on yet", said.bind);
+        tell(format!("spec.egress[{index}].bind"), reason, false);
     }
+    let uncaptured = settings.interception == Interception::None;
     let targets = if spec.ingress.is_empty() {
         own
     } else {
-        ingress::targets(&spec.ingress, (&meta.namespace, &meta.name), &own, proxy, &mut tell)
+        ingress::targets(&spec.ingress, (&meta.namespace, &meta.name), &own, (proxy, uncaptured), &mut tell)
     };
-    Seen { scope: Scope::new(&spec.egress, &proxy.namespace), targets, closed }
+    Seen { egress: spec.egress.clone(), targets, closed }
 }
 
 /// What is wrong with objects whatever proxy they are for: every rule, VirtualService and policy by itself.

@@ -49,7 +49,7 @@ pub struct Cluster {
     pub close_on_host_failure: bool,
     /// Statistics name when it differs.
     pub alt_stat_name: String,
-    /// Idle limit for plain TCP upstream pools.
+    /// Idle limit of TCP connections that wait in a pool; nobody reads it: ours are opened when they are needed.
     pub tcp_idle_timeout: Option<Duration>,
     /// Upstream filters that we do not do, by name.
     pub unsupported: Vec<String>,

@@ -120,11 +120,11 @@ pub struct HttpConnectionManager {
     pub upgrades: Vec<String>,
     /// HTTP/1.0 requests are served.
     pub accept_http_10: bool,
-    /// Absolute-form requests are accepted (explicit proxy listener).
+    /// Absolute-form requests were said to be accepted; they always are, as HTTP/1.1 asks (RFC 9112 §3.2.2).
     pub allow_absolute_url: bool,
     /// Header case is kept end to end.
     pub preserve_header_case: bool,
-    /// `Expect: 100-continue` is forwarded instead of answered.
+    /// `Expect: 100-continue` is forwarded instead of answered; nobody reads it: the HTTP library answers.
     pub proxy_100_continue: bool,
     /// x-forwarded-port is appended.
     pub append_x_forwarded_port: bool,

@@ -6,29 +6,24 @@ use std::sync::Arc;
 
 use super::services::named;
 use super::{Ingress, Protocol, Provider, Proxy, Resolution, Service, ServicePort, ServiceTarget, TargetPort};
-use crate::istio::sidecar;
+use crate::istio::sidecar::{self, ServerTls};
 use crate::model::Address;
 
-/// Targets of the captured ingress listeners of the Sidecar `namespace/name`; `own` are the Services' targets. What
-/// cannot be served is told by its field and reason, and whether it endangers.
+/// Targets of the ingress listeners of the Sidecar `namespace/name`; `own` are the Services' targets, `uncaptured` a proxy
+/// that must listen for all it serves. What cannot be served is told by its field and reason, and whether it endangers.
 pub(crate) fn targets(
     listeners: &[sidecar::Ingress],
     (namespace, name): (&str, &str),
     own: &[ServiceTarget],
-    proxy: &Proxy,
+    (proxy, uncaptured): (&Proxy, bool),
     tell: &mut dyn FnMut(String, String, bool),
 ) -> Vec<ServiceTarget> {
     let host = format!("{name}.{namespace}");
     let mut out = Vec::new();
     for (index, said) in listeners.iter().enumerate() {
         let field = format!("spec.ingress[{index}]");
-        if said.capture_mode == "NONE" {
-            let reason = "captureMode NONE is not supported yet: the port is left out".to_owned();
-            tell(format!("{field}.captureMode"), reason, false);
-            continue;
-        }
-        if said.tls.is_some() {
-            tell(format!("{field}.tls"), "TLS of a Sidecar's own is not supported yet".to_owned(), true);
+        if let Some(reason) = said.tls.as_ref().and_then(unusable) {
+            tell(format!("{field}.tls"), reason.to_owned(), true);
         }
         let endpoint = match endpoint(&said.default_endpoint, proxy) {
             Ok(endpoint) => endpoint,
@@ -46,9 +41,12 @@ pub(crate) fn targets(
         let ingress = Ingress {
             bind,
             host: host.clone(),
+            object: format!("{namespace}/{name}"),
             endpoint,
             pool: said.connection_pool.clone(),
             served: serving.is_some(),
+            bound: uncaptured || said.capture_mode == "NONE",
+            tls: said.tls.clone(),
         };
         let protocol = named(&said.port.protocol);
         out.push(ServiceTarget {
@@ -60,6 +58,24 @@ pub(crate) fn targets(
     }
     out.retain(|t| t.port.protocol != Protocol::Udp);
     out
+}
+
+/// Why no handshake could be what was asked for; plaintext in its place would be worse than nothing.
+fn unusable(said: &ServerTls) -> Option<&'static str> {
+    if !said.credential_name.is_empty() {
+        return Some("credentialName is not supported: name files, as serverCertificate and privateKey");
+    }
+    if !said.ca_crl.is_empty() {
+        return Some("caCrl is not supported");
+    }
+    match said.mode.as_str() {
+        "SIMPLE" | "MUTUAL" if said.server_certificate.is_empty() || said.private_key.is_empty() => {
+            Some("needs serverCertificate and privateKey")
+        }
+        "MUTUAL" if said.ca_certificates.is_empty() => Some("mode MUTUAL needs caCertificates"),
+        "SIMPLE" | "MUTUAL" => None,
+        _ => Some("a Sidecar's mode is SIMPLE or MUTUAL"),
+    }
 }
 
 /// Where the application listens: loopback or the proxy's own address with a port, or a socket's path. Nothing said

@@ -16,6 +16,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use crate::istio::destination_rule::ConnectionPool;
+use crate::istio::sidecar::ServerTls;
 use crate::model::{Address, HealthStatus, Locality};
 
 /// The proxy that a configuration is compiled for.
@@ -237,12 +238,18 @@ pub struct Ingress {
     pub bind: String,
     /// `SIDECAR.NAMESPACE`, for traces.
     pub host: String,
+    /// `NAMESPACE/SIDECAR`.
+    pub object: String,
     /// Where the application listens; `None` is where the caller dialled.
     pub endpoint: Option<Address>,
     /// Pool limits of this port alone.
     pub pool: Option<ConnectionPool>,
     /// A Service serves the port as well.
     pub served: bool,
+    /// The port is listened on; its traffic is not captured.
+    pub bound: bool,
+    /// TLS that the proxy ends where no mTLS is asked for.
+    pub tls: Option<ServerTls>,
 }
 
 /// `spiffe://DOMAIN/ns/NAMESPACE/sa/ACCOUNT`.

@@ -7,7 +7,7 @@ use super::Service;
 use crate::istio::sidecar::Egress;
 use crate::istio::virtual_service::{Destination, VirtualService};
 
-/// Imports of the portless egress listener; without any everything is seen.
+/// Imports of egress listeners; without any everything is seen.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Scope {
     /// Namespace (`*` for every one) and host pattern.
@@ -17,7 +17,7 @@ pub(crate) struct Scope {
 }
 
 impl Scope {
-    /// `namespace` is the proxy's: what `.` stands for. Listeners of their own ports are not told apart.
+    /// `namespace` is the proxy's: what `.` stands for.
     pub(crate) fn new(egress: &[Egress], namespace: &str) -> Self {
         if egress.is_empty() {
             return Self::default();
@@ -75,6 +75,27 @@ fn subset_of(host: &str, pattern: &str) -> bool {
         (None, Some(b)) => host.ends_with(b),
         (None, None) => host == pattern,
     }
+}
+
+/// Only this port of the services; those without it are left out.
+pub(crate) fn only_port(services: &mut Vec<Arc<Service>>, port: u16) {
+    services.retain(|s| s.ports.iter().any(|p| p.number == port));
+    for service in services.iter_mut().filter(|s| s.ports.len() > 1) {
+        Arc::make_mut(service).ports.retain(|p| p.number == port);
+    }
+}
+
+/// What several listeners see together: each service once, with every port that one of them sees.
+pub(crate) fn union<'l>(seen: impl Iterator<Item = &'l Arc<Service>>) -> Vec<Arc<Service>> {
+    let mut out: Vec<Arc<Service>> = Vec::new();
+    for service in seen {
+        match out.iter_mut().find(|s| s.hostname == service.hostname) {
+            None => out.push(Arc::clone(service)),
+            Some(known) if known.namespace == service.namespace => super::services::add_ports(known, service),
+            Some(_) => {}
+        }
+    }
+    out
 }
 
 /// Services that are not seen but lead somewhere: destinations of the VirtualServices in scope, with the ports that

@@ -111,7 +111,7 @@ fn protocol(port: &k8s::Port) -> Protocol {
 }
 
 /// A protocol by its name; what is no protocol is sniffed.
-pub(super) fn named(name: &str) -> Protocol {
+pub(crate) fn named(name: &str) -> Protocol {
     match name.to_ascii_lowercase().as_str() {
         "http" => Protocol::Http,
         "http_proxy" => Protocol::HttpProxy,
@@ -214,7 +214,7 @@ fn is_same(a: &Service, b: &Service) -> bool {
         && (&a.labels, &a.selector, &a.export_to) == (&b.labels, &b.selector, &b.export_to)
 }
 
-fn add_ports(known: &mut Arc<Service>, service: &Service) {
+pub(super) fn add_ports(known: &mut Arc<Service>, service: &Service) {
     let is_new = |p: &&ServicePort| known.ports.iter().all(|k| k.number != p.number);
     let new: Vec<ServicePort> = service.ports.iter().filter(is_new).cloned().collect();
     if !new.is_empty() {
