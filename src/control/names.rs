@@ -448,7 +448,7 @@ mod tests {
     async fn warmed(name: &str) -> (bool, usize) {
         let cluster = Arc::new(cluster(ClusterKind::StrictDns, name));
         let model = Arc::new(Model {
-            clusters: BTreeMap::from([(Arc::clone(&cluster.name), Arc::clone(&cluster))]),
+            clusters: BTreeMap::from([(Arc::clone(&cluster.name), Arc::clone(&cluster))]).into(),
             ..Model::default()
         });
         let mut names = Names::new(crate::dns::fixture::server().await);
@@ -468,7 +468,7 @@ mod tests {
         let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
         let mut names = Names::new(Resolver::with_servers(&[silent.local_addr().unwrap()]));
         let cluster = Arc::new(cluster(ClusterKind::StrictDns, "two.example"));
-        let clusters = BTreeMap::from([(Arc::clone(&cluster.name), cluster)]);
+        let clusters = BTreeMap::from([(Arc::clone(&cluster.name), cluster)]).into();
         names.put_into(&Arc::new(Model { clusters, ..Model::default() }));
         let start = Instant::now();
         assert!(!names.warm().await);
