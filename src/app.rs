@@ -1,6 +1,8 @@
 //! Wiring: control thread, workers, servers, signals, drain. The only module that knows everyone.
 
+mod agent;
 mod host;
+mod levels;
 mod observe;
 mod ports;
 
@@ -12,6 +14,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use clap::Args;
+use proxy_config::bootstrap;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
@@ -27,6 +30,8 @@ use ports::Ports;
 const TERMINATION_DRAIN: Duration = Duration::from_secs(5);
 /// `MINIMUM_DRAIN_DURATION` when nobody says it.
 const MINIMUM_DRAIN: Duration = Duration::from_secs(5);
+/// What a start without files means, for those who forgot them.
+const UNDER_ISTIOD: &str = "started under istiod, as neither --config nor --xds-dir is given";
 /// With `EXIT_ON_ZERO_ACTIVE_CONNECTIONS` whoever started us sets the limit; this is a month.
 const UNBOUNDED: Duration = Duration::from_secs(30 * 86_400);
 
@@ -38,6 +43,8 @@ pub struct ProxyArgs {
     role: String,
     #[command(flatten)]
     inputs: InputArgs,
+    #[command(flatten)]
+    agent: agent::AgentArgs,
     /// One JSON object for each request, TCP connection and refused connection; - is standard output.
     #[arg(long, value_name = "PATH|-")]
     access_log: Option<PathBuf>,
@@ -47,18 +54,18 @@ pub struct ProxyArgs {
     /// Worker threads [default: the CPU limit, else 2].
     #[arg(long, value_name = "N")]
     concurrency: Option<usize>,
-    /// Admin server on 127.0.0.1; 0 switches it off.
-    #[arg(long, value_name = "PORT", default_value_t = 15000)]
-    admin_port: u16,
-    /// Readiness at /healthz/ready; 0 switches it off.
-    #[arg(long, value_name = "PORT", default_value_t = 15021)]
-    status_port: u16,
-    /// Metrics at /stats/prometheus; 0 switches it off.
-    #[arg(long, value_name = "PORT", default_value_t = 15090)]
-    metrics_port: u16,
-    /// error, warn, info, debug or off; also per module, as in info,istio_proxy::tls=debug.
-    #[arg(long, alias = "proxyLogLevel", value_name = "LEVEL", default_value = "info")]
-    log_level: String,
+    /// Admin server on 127.0.0.1; 0 switches it off [default: proxyAdminPort, else 15000].
+    #[arg(long, value_name = "PORT")]
+    admin_port: Option<u16>,
+    /// Readiness at /healthz/ready; 0 switches it off [default: ENVOY_STATUS_PORT, else 15021].
+    #[arg(long, value_name = "PORT")]
+    status_port: Option<u16>,
+    /// Metrics at /stats/prometheus; 0 switches it off [default: ENVOY_PROMETHEUS_PORT, else 15090].
+    #[arg(long, value_name = "PORT")]
+    metrics_port: Option<u16>,
+    /// error, warn, info, debug or off; also per module, as in info,istio_proxy::tls=debug [default: info].
+    #[arg(long, value_name = "LEVEL")]
+    log_level: Option<String>,
     /// Log lines as JSON.
     #[arg(long, alias = "log_as_json")]
     log_json: bool,
@@ -81,15 +88,24 @@ impl std::error::Error for Died {}
 /// # Errors
 /// What keeps it from starting; [`Died`] when it ends without being told.
 pub fn run(args: &ProxyArgs, variables: BTreeMap<String, String>) -> Result<()> {
-    let levels = logging::start(&args.log_level, args.log_json)?;
-    let process = Process { ports: Ports::new(args, &variables, levels), plan: plan(&variables) };
-    let workers = args.concurrency.filter(|n| *n > 0).unwrap_or_else(|| host::concurrency(&variables));
+    let said = args.log_level.clone().or_else(|| levels::said(&args.agent));
+    let levels = logging::start(said.as_deref().unwrap_or("info"), args.log_json)?;
+    let flag = args.concurrency.unwrap_or(0);
+    let agent = match args.inputs.are_given() {
+        true => None,
+        false => Some(agent::bootstrap(&args.agent, &variables, flag).context(UNDER_ISTIOD)?),
+    };
+    let ports = Ports::new(args, agent.as_ref(), &variables, levels);
+    let plan = agent.as_ref().map_or_else(|| plan(&variables), |agent| agreed(agent.drain));
+    let said = Some(flag).filter(|n| *n > 0).or_else(|| agent.as_ref()?.concurrency);
+    let workers = said.unwrap_or_else(|| host::concurrency(&variables));
+    let process = Process { ports, plan };
+    // This thread is the control thread.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let certs = args.inputs.certs.clone().map_or(Certs::None, Certs::Folder);
     let mut settings = args.inputs.settings(variables, certs)?;
     settings.publish_health.clone_from(&args.publish_health);
     let control = Control::start(settings)?;
-    // This thread is the control thread.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(Box::pin(serve(args, control, workers, process)))
 }
 
@@ -111,6 +127,14 @@ fn plan(variables: &BTreeMap<String, String>) -> Plan {
     let max = said.unwrap_or(TERMINATION_DRAIN);
     // Accepting goes on to the end: peers learn late that we leave.
     Plan { min: max, max, exit_on_zero: false }
+}
+
+/// A goodbye as ProxyConfig and variables have it.
+fn agreed(said: bootstrap::Drain) -> Plan {
+    if said.exit_on_zero {
+        return Plan { min: said.minimum, max: UNBOUNDED, exit_on_zero: true };
+    }
+    Plan { min: said.termination, max: said.termination, exit_on_zero: false }
 }
 
 async fn serve(args: &ProxyArgs, mut control: Control, count: usize, process: Process) -> Result<()> {

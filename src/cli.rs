@@ -1,11 +1,14 @@
 //! Subcommands and their flags; what a failure is worth as an exit code.
 
+mod probe;
+
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
+use proxy_config::bootstrap::Refused;
 use proxy_config::{Reject, Severity, WhoAmI};
 
 use crate::app::{self, ProxyArgs};
@@ -42,6 +45,8 @@ enum Command {
     Ca(CaArgs),
     /// Redirect this network namespace's traffic to the proxy.
     IstioIptables(Box<IptablesArgs>),
+    /// Ask an application how it is, as the proxy of a WorkloadGroup does; exit code 1 when it is unhealthy.
+    Probe(probe::ProbeArgs),
     /// Print every failure with its response flag, status and details.
     Errors,
     /// Print the version.
@@ -101,6 +106,11 @@ struct ValidateArgs {
 }
 
 impl InputArgs {
+    /// Whether configuration is given as files; without them a proxy asks istiod.
+    pub fn are_given(&self) -> bool {
+        !self.config.is_empty() || self.xds_dir.is_some()
+    }
+
     /// What the control loop is told.
     pub fn settings(&self, variables: BTreeMap<String, String>, certs: Certs) -> Result<Settings> {
         let input = match &self.xds_dir {
@@ -133,12 +143,18 @@ pub fn run(arguments: &[String], variables: BTreeMap<String, String>) -> u8 {
         },
         Command::Ca(args) => (sign(&args), FAILED),
         Command::IstioIptables(args) => (iptables::apply::run(&args, &|name| variables.get(name).cloned()), FAILED),
+        Command::Probe(args) => match probe::run(&args) {
+            Ok(healthy) => return if healthy { 0 } else { FAILED },
+            Err(e) => (Err(e), FAILED),
+        },
         Command::Errors => (print(&error_table()), FAILED),
         Command::Version { short } => (print(&version(short)), FAILED),
     };
     let Err(error) = result else { return 0 };
     eprintln!("istio-proxy: {error:#}");
-    error.downcast_ref::<app::Died>().map_or(failed, |_| FAILED)
+    // The agent ends with 1 when it has nothing to trust the control plane by, and with 255 on any other start that fails.
+    let no_roots = matches!(error.downcast_ref(), Some(Refused::NoRoots { .. }));
+    if no_roots || error.is::<app::Died>() { FAILED } else { failed }
 }
 
 fn explain_calls(args: &ExplainArgs, variables: BTreeMap<String, String>) -> Result<()> {

@@ -4,17 +4,19 @@
 //! Every probe comes from 127.0.0.6 (::6): from any other address the redirect rules would send it to the proxy's own
 //! inbound port, which always accepts, and an application that is down would look alive.
 
+mod grpc;
+
 use std::io;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::process::Stdio;
 use std::time::Duration;
 
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::Bytes;
 use http::{HeaderName, HeaderValue, Request, Uri, header};
 use http_body_util::Empty;
 use hyper_util::rt::TokioIo;
-use prost::Message;
 use proxy_config::model::UpstreamTls;
+use rustix::process::{Pid, Signal, kill_process_group};
 use serde::Deserialize;
 use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
@@ -27,8 +29,6 @@ const SOURCE_V4: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(127, 0, 0, 6));
 const SOURCE_V6: IpAddr = IpAddr::V6(Ipv6Addr::new(0, 0, 0, 0, 0, 0, 0, 6));
 /// As kubelet has it.
 const MAX_REDIRECTS: usize = 10;
-/// A health answer is a few bytes; more is not one.
-const MAX_GRPC_ANSWER: usize = 4096;
 
 /// A probe as `WorkloadGroup.spec.probe` and `ProxyConfig.readinessProbe` say it.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -200,13 +200,13 @@ pub async fn run(probe: Probe, own: IpAddr, mut ready: watch::Receiver<bool>, mu
 pub async fn ask(probe: &Probe, own: IpAddr) -> Result<(), String> {
     let limit = probe.timeout();
     match &probe.check {
-        Check::HttpGet(get) => within(limit, Box::pin(http_get(get, own))).await,
+        Check::HttpGet(get) => timeout(limit, Box::pin(http_get(get, own))).await.unwrap_or_else(|_| {
+            let url = first_url(get, own)?;
+            Err(format!("Get \"{url}\": context deadline exceeded (Client.Timeout exceeded while awaiting headers)"))
+        }),
         Check::TcpSocket(tcp) => within(limit, tcp_connect(tcp, own)).await,
         Check::Exec(exec) => exec_command(exec, limit).await,
-        Check::Grpc(grpc) => {
-            let asked = within(limit, Box::pin(grpc_check(grpc, own))).await;
-            asked.map_err(|e| format!("failed to check health of the grpc service on port {}: {e}", grpc.port))
-        }
+        Check::Grpc(grpc) => grpc::check(grpc, own, limit).await,
     }
 }
 
@@ -215,11 +215,13 @@ async fn within(limit: Duration, check: impl Future<Output = Result<(), String>>
 }
 
 /// Connects from 127.0.0.6, to pass the redirect rules.
-async fn dial(address: SocketAddr) -> Result<Stream, String> {
-    let source = if address.is_ipv4() { SOURCE_V4 } else { SOURCE_V6 };
-    let target = Target { source: Some(SocketAddr::new(source, 0)), ..Target::new(address) };
-    let tcp = connect(&target).await.map_err(|e| format!("dial tcp {address}: connect: {}", plain(&e)))?;
-    Ok(Stream::from(tcp))
+async fn dial(address: SocketAddr) -> io::Result<Stream> {
+    let target = Target { source: Some(SocketAddr::new(source(address), 0)), ..Target::new(address) };
+    connect(&target).await.map(Stream::from)
+}
+
+fn source(address: SocketAddr) -> IpAddr {
+    if address.is_ipv4() { SOURCE_V4 } else { SOURCE_V6 }
 }
 
 /// The words that people search for.
@@ -245,7 +247,8 @@ async fn address(host: &str, port: u16, own: IpAddr) -> Result<SocketAddr, Strin
 }
 
 async fn tcp_connect(tcp: &TcpSocket, own: IpAddr) -> Result<(), String> {
-    dial(address(&tcp.host, tcp.port, own).await?).await.map(drop)
+    let address = address(&tcp.host, tcp.port, own).await?;
+    dial(address).await.map(drop).map_err(|e| format!("dial tcp {address}: connect: {}", plain(&e)))
 }
 
 async fn exec_command(exec: &Exec, limit: Duration) -> Result<(), String> {
@@ -255,18 +258,46 @@ async fn exec_command(exec: &Exec, limit: Duration) -> Result<(), String> {
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
-        .kill_on_drop(true)
+        .process_group(0)
         .spawn()
-        .map_err(|e| format!("{program}: {e}"))?;
-    match timeout(limit, child.wait()).await {
+        .map_err(|e| not_run(program, &e))?;
+    let group = Group(child.id().and_then(|id| Pid::from_raw(i32::try_from(id).ok()?)));
+    let ended = timeout(limit, child.wait()).await;
+    drop(group);
+    match ended {
         Ok(Ok(status)) if status.success() => Ok(()),
         Ok(Ok(status)) => Err(status.code().map_or_else(|| status.to_string(), |code| format!("exit status {code}"))),
         Ok(Err(e)) => Err(e.to_string()),
         Err(_) => {
             // Reaped here: a zombie for every missed deadline would add up.
-            let _ = child.kill().await;
+            let _ = child.wait().await;
             Err("command timeout exceeded: signal: killed".to_owned())
         }
+    }
+}
+
+/// The processes of one command. Whoever starts a shell hangs in what the shell has started, so all of them end with the
+/// check, also when the check itself is given up.
+struct Group(Option<Pid>);
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if let Some(leader) = self.0 {
+            // Fails when none of them is left.
+            let _ = kill_process_group(leader, Signal::KILL);
+        }
+    }
+}
+
+/// Go's words.
+fn not_run(program: &str, error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::NotFound if !program.contains('/') => {
+            format!("exec: \"{program}\": executable file not found in $PATH")
+        }
+        io::ErrorKind::NotFound => format!("fork/exec {program}: no such file or directory"),
+        io::ErrorKind::PermissionDenied => format!("fork/exec {program}: permission denied"),
+        _ => format!("fork/exec {program}: {error}"),
     }
 }
 
@@ -327,7 +358,10 @@ fn resolve(base: &Uri, location: &str) -> Result<Uri, String> {
 async fn get_once(get: &HttpGet, url: &Uri, own: IpAddr) -> Result<http::Response<hyper::body::Incoming>, String> {
     let https = url.scheme_str() == Some("https");
     let port = url.port_u16().unwrap_or(if https { 443 } else { 80 });
-    let mut stream = dial(address(url.host().unwrap_or_default(), port, own).await?).await?;
+    let address = address(url.host().unwrap_or_default(), port, own).await?;
+    let failed =
+        |e: io::Error| format!("dial tcp {}->{address}: connect: {}", SocketAddr::new(source(address), 0), plain(&e));
+    let mut stream = dial(address).await.map_err(failed)?;
     if https {
         let unchecked = ClientTls::compile(&UpstreamTls::default(), &Secrets::new())?;
         stream = tls::connect(stream, &unchecked, "", &[]).await.map_err(|e| e.to_string())?.0;
@@ -368,97 +402,6 @@ fn http_request(get: &HttpGet, url: &Uri) -> Result<Request<Empty<Bytes>>, Strin
         }
     }
     Ok(request)
-}
-
-/// `grpc.health.v1.HealthCheckRequest`.
-#[derive(Clone, PartialEq, Message)]
-struct HealthCheckRequest {
-    #[prost(string, tag = "1")]
-    service: String,
-}
-
-/// `grpc.health.v1.HealthCheckResponse`.
-#[derive(Clone, PartialEq, Message)]
-struct HealthCheckResponse {
-    #[prost(int32, tag = "1")]
-    status: i32,
-}
-
-const SERVING: i32 = 1;
-
-async fn grpc_check(grpc: &Grpc, own: IpAddr) -> Result<(), String> {
-    let stream = dial(SocketAddr::new(own, grpc.port)).await?;
-    let (sender, connection) = h2::client::handshake(stream).await.map_err(|e| e.to_string())?;
-    let mut exchange = std::pin::pin!(grpc_exchange(sender, grpc, SocketAddr::new(own, grpc.port)));
-    tokio::select! {
-        biased;
-        answer = &mut exchange => answer,
-        _ = connection => exchange.await,
-    }
-}
-
-async fn grpc_exchange(sender: h2::client::SendRequest<Bytes>, grpc: &Grpc, address: SocketAddr) -> Result<(), String> {
-    let text = |e: h2::Error| e.to_string();
-    let mut sender = sender.ready().await.map_err(text)?;
-    let request = Request::post(format!("http://{address}/grpc.health.v1.Health/Check"))
-        .version(http::Version::HTTP_2)
-        .header(header::CONTENT_TYPE, "application/grpc")
-        .header(header::TE, "trailers")
-        .header(header::USER_AGENT, USER_AGENT)
-        .body(())
-        .map_err(|e| e.to_string())?;
-    let (response, mut body) = sender.send_request(request, false).map_err(text)?;
-    body.send_data(grpc_frame(&HealthCheckRequest { service: grpc.service.clone() }), true).map_err(text)?;
-    let (head, mut body) = response.await.map_err(text)?.into_parts();
-    grpc_status(&head.headers)?;
-    let mut received = BytesMut::new();
-    while let Some(data) = body.data().await {
-        let data = data.map_err(text)?;
-        if received.len() + data.len() > MAX_GRPC_ANSWER {
-            return Err("the answer is too long".to_owned());
-        }
-        // The window was opened for it; a failure here shows with the next read.
-        let _ = body.flow_control().release_capacity(data.len());
-        received.extend_from_slice(&data);
-    }
-    if let Some(trailers) = body.trailers().await.map_err(text)? {
-        grpc_status(&trailers)?;
-    }
-    health(received.freeze())
-}
-
-fn grpc_frame(message: &HealthCheckRequest) -> Bytes {
-    let mut frame = BytesMut::with_capacity(5 + message.encoded_len());
-    frame.put_u8(0);
-    frame.put_u32(u32::try_from(message.encoded_len()).expect("a service name is short"));
-    message.encode(&mut frame).expect("the buffer grows as needed");
-    frame.freeze()
-}
-
-fn grpc_status(headers: &http::HeaderMap) -> Result<(), String> {
-    match headers.get("grpc-status").map(HeaderValue::as_bytes) {
-        None | Some(b"0") => Ok(()),
-        Some(code) => {
-            let message = headers.get("grpc-message").and_then(|m| m.to_str().ok()).unwrap_or_default();
-            Err(format!("grpc status {}: {message}", String::from_utf8_lossy(code)))
-        }
-    }
-}
-
-fn health(mut frame: Bytes) -> Result<(), String> {
-    const PREFIX: usize = 5;
-    if frame.len() < PREFIX {
-        return Err("the answer holds no message".to_owned());
-    }
-    frame.advance(PREFIX);
-    let answer = HealthCheckResponse::decode(frame).map_err(|e| e.to_string())?;
-    match answer.status {
-        SERVING => Ok(()),
-        0 => Err("the service is UNKNOWN".to_owned()),
-        2 => Err("the service is NOT_SERVING".to_owned()),
-        3 => Err("the service is SERVICE_UNKNOWN".to_owned()),
-        other => Err(format!("the service has status {other}")),
-    }
 }
 
 #[cfg(test)]
@@ -584,6 +527,22 @@ mod tests {
         let Check::Exec(slow) = probe(r#"{"exec":{"command":["sleep","60"]}}"#).check else { panic!("not exec") };
         let killed = exec_command(&slow, Duration::from_millis(20)).await;
         assert_eq!(killed.unwrap_err(), "command timeout exceeded: signal: killed");
+        let missing = ask(&probe(r#"{"exec":{"command":["no-such-program"]}}"#), OWN).await;
+        assert_eq!(missing.unwrap_err(), "exec: \"no-such-program\": executable file not found in $PATH");
+    }
+
+    #[tokio::test]
+    async fn what_a_command_has_started_ends_with_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("fifo");
+        assert!(std::process::Command::new("mkfifo").arg(&fifo).status().unwrap().success());
+        // The grandchild holds the fifo's write end for as long as it lives.
+        let script = format!("sleep 600 > {} & wait", fifo.display());
+        let exec = Exec { command: vec!["sh".to_owned(), "-c".to_owned(), script] };
+        let reading = tokio::task::spawn_blocking(move || std::fs::read(fifo));
+        assert!(exec_command(&exec, Duration::from_secs(1)).await.is_err());
+        let ended = timeout(Duration::from_secs(30), reading).await.expect("nobody holds the fifo any more");
+        assert_eq!(ended.unwrap().unwrap(), b"");
     }
 
     /// A health server that answers every check with this status.
@@ -596,7 +555,7 @@ mod tests {
             while let Some(Ok((request, mut respond))) = connection.accept().await {
                 assert_eq!(request.uri().path(), "/grpc.health.v1.Health/Check");
                 let mut stream = respond.send_response(http::Response::new(()), false).unwrap();
-                let message = HealthCheckResponse { status }.encode_to_vec();
+                let message = if status == 0 { vec![] } else { vec![8, u8::try_from(status).unwrap()] };
                 let frame = [&[0, 0, 0, 0, message.len() as u8], &message[..]].concat();
                 stream.send_data(Bytes::from(frame), false).unwrap();
                 let mut trailers = http::HeaderMap::new();

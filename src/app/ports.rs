@@ -8,6 +8,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result};
+use proxy_config::bootstrap::Bootstrap;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 use tokio::time::sleep;
@@ -36,12 +37,20 @@ pub(super) struct Ports {
 }
 
 impl Ports {
-    pub(super) fn new(args: &ProxyArgs, variables: &BTreeMap<String, String>, levels: Levels) -> Self {
+    /// Flags win; then what the environment says, which only a proxy under istiod is asked about.
+    pub(super) fn new(
+        args: &ProxyArgs,
+        agent: Option<&Bootstrap>,
+        variables: &BTreeMap<String, String>,
+        levels: Levels,
+    ) -> Self {
+        let said = agent.map(|agent| agent.ports);
+        let local = variables.get("METRICS_LOCALHOST_ACCESS_ONLY").is_some_and(|v| v == "true");
         Self {
-            admin: args.admin_port,
-            metrics: args.metrics_port,
-            ready: args.status_port,
-            metrics_local: variables.get("METRICS_LOCALHOST_ACCESS_ONLY").is_some_and(|v| v == "true"),
+            admin: args.admin_port.or(said.map(|p| p.admin)).unwrap_or(15000),
+            metrics: args.metrics_port.or(said.map(|p| p.metrics)).unwrap_or(15090),
+            ready: args.status_port.or(said.map(|p| p.ready)).unwrap_or(15021),
+            metrics_local: agent.map_or(local, |agent| agent.metrics_local),
             levels,
             started: SystemTime::now(),
         }

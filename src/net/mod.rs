@@ -21,6 +21,7 @@ mod frames;
 mod gather;
 pub mod grpc;
 mod heads;
+pub mod interfaces;
 mod listen;
 mod orig_dst;
 pub mod proxy_protocol;

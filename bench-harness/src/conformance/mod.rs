@@ -5,20 +5,25 @@
 
 #![cfg_attr(not(feature = "conformance"), allow(dead_code, reason = "what replays wire cases needs the feature"))]
 
+mod agent_bootstrap;
+mod agent_health;
 mod authz;
 mod calls;
 mod dumps;
 mod explain;
+mod health;
 mod input;
 #[cfg(feature = "conformance")]
 mod judge;
 mod models;
+mod prototext;
 mod rules;
 mod simulation;
 #[cfg(feature = "conformance")]
 mod stage;
 mod streams;
 mod tally;
+mod vm;
 #[cfg(feature = "conformance")]
 mod wire;
 mod xds;
@@ -108,8 +113,12 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 
 fn run_set(bench: &Bench<'_>, set: &Set) -> Result<Tally> {
     match set.name.as_str() {
+        "agent/bootstrap" => agent_bootstrap::run(bench, set),
+        "agent/health" => agent_health::run(bench, set),
         "authz" => authz::run(bench, set),
+        "health" => health::run(bench, set),
         "simulation" => simulation::run(bench, set),
+        "vm" => vm::run(bench, set),
         "xds" => xds::run(bench, set),
         "mx-config-dumps" => dumps::run(bench, set),
         #[cfg(feature = "conformance")]
@@ -118,6 +127,7 @@ fn run_set(bench: &Bench<'_>, set: &Set) -> Result<Tally> {
     }
 }
 
+/// Sets of a folder; an index that counts sets stands for the sets in the folders below it.
 fn sets(folder: &Path) -> Result<Vec<Set>> {
     let entries = fs::read_dir(folder).with_context(|| format!("cannot read {}", folder.display()))?;
     let mut out = Vec::new();
@@ -128,7 +138,11 @@ fn sets(folder: &Path) -> Result<Vec<Set>> {
             serde_json::from_str(&text).with_context(|| format!("{}/index.json is no JSON", folder.display()))?;
         let own = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let name = index["set"].as_str().map_or(own, str::to_owned);
-        out.push(Set { name, folder, index });
+        if index["sets"].is_object() {
+            out.extend(sets(&folder)?);
+        } else {
+            out.push(Set { name, folder, index });
+        }
     }
     out.sort_by(|a, b| a.name.cmp(&b.name));
     Ok(out)
