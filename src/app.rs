@@ -2,6 +2,7 @@
 
 mod agent;
 mod host;
+mod istiod;
 mod levels;
 mod observe;
 mod ports;
@@ -102,11 +103,17 @@ pub fn run(args: &ProxyArgs, variables: BTreeMap<String, String>) -> Result<()> 
     let process = Process { ports, plan };
     // This thread is the control thread.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    if let Some(agent) = agent {
+        return runtime.block_on(Box::pin(async {
+            let (control, reports) = istiod::begin(&agent)?;
+            serve(args, control, workers, process, reports).await
+        }));
+    }
     let certs = args.inputs.certs.clone().map_or(Certs::None, Certs::Folder);
     let mut settings = args.inputs.settings(variables, certs)?;
     settings.publish_health.clone_from(&args.publish_health);
     let control = Control::start(settings)?;
-    runtime.block_on(Box::pin(serve(args, control, workers, process)))
+    runtime.block_on(Box::pin(serve(args, control, workers, process, None)))
 }
 
 /// What the process was started with.
@@ -137,7 +144,13 @@ fn agreed(said: bootstrap::Drain) -> Plan {
     Plan { min: said.termination, max: said.termination, exit_on_zero: false }
 }
 
-async fn serve(args: &ProxyArgs, mut control: Control, count: usize, process: Process) -> Result<()> {
+async fn serve(
+    args: &ProxyArgs,
+    mut control: Control,
+    count: usize,
+    process: Process,
+    reports: Option<istiod::Reports>,
+) -> Result<()> {
     let first = control.warm().await.unwrap_or_else(|| control.published());
     let (drain, leaving) = Drain::new();
     let (snapshots, receiver) = watch::channel(Arc::clone(&first.snapshot));
@@ -162,6 +175,9 @@ async fn serve(args: &ProxyArgs, mut control: Control, count: usize, process: Pr
     process.ports.open(&state)?;
     let (ready, is_ready) = watch::channel(false);
     tokio::spawn(ports::keep_ready(state, ready));
+    if let Some(reports) = reports {
+        tokio::spawn(reports.run(is_ready.clone()));
+    }
     let (ask, asked) = mpsc::channel(1);
     let health = control
         .publish_health()

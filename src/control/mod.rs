@@ -35,15 +35,18 @@ use crate::identity::News;
 use crate::snapshot::{self, Snapshot};
 use crate::tls::Secrets;
 use names::Names;
+use crate::xds;
 use watch::{Wake, Watcher};
 
 /// Where configuration comes from.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub enum Input {
     /// Istio and Kubernetes YAML.
     Yaml(yaml::Paths),
     /// A folder of recorded discovery responses.
     XdsDir(PathBuf),
+    /// istiod's stream.
+    Stream(channel::Receiver<xds::News>),
 }
 
 /// What the control loop is told at start-up.
@@ -168,7 +171,11 @@ impl Control {
             keys: jwks::Fetches::default(),
         };
         control.take_in()?;
-        control.publish(Vec::new());
+        if control.awaits_stream() {
+            control.published = Arc::new(Published::nothing(Arc::clone(&control.proxy)));
+        } else {
+            control.publish(Vec::new());
+        }
         Ok(control)
     }
 
@@ -195,6 +202,9 @@ impl Control {
         }
         if let Some(why) = self.settings.certs.trouble() {
             trouble.push(trouble_with("Certificates", &anyhow::anyhow!(why)));
+        }
+        if self.awaits_stream() {
+            return None;
         }
         let (secrets, _) = self.with_files();
         let same = Arc::ptr_eq(&old_model, &self.model) && secrets == *self.published.snapshot.secrets();
@@ -253,8 +263,28 @@ impl Control {
                 self.model = Arc::new(model);
                 self.proxy = Arc::new(proxy);
             }
+            Input::Stream(news) => {
+                let (update, said) = {
+                    let news = news.borrow();
+                    (news.update.clone(), news.updates)
+                };
+                // The first look is about who we are; nothing else is known then.
+                if self.proxy.namespace.is_empty() {
+                    self.proxy = Arc::new(xds_dir::proxy(&self.settings.who)?);
+                }
+                if said == self.said {
+                    return Ok(());
+                }
+                self.said = said;
+                self.model = update.map(|update| Arc::new(update.model.clone())).unwrap_or_default();
+            }
         }
         Ok(())
+    }
+
+    /// Nothing has come over the stream yet: there is nothing to serve, and that is no configuration.
+    fn awaits_stream(&self) -> bool {
+        matches!(&self.settings.input, Input::Stream(news) if news.borrow().update.is_none())
     }
 
     /// Compiles and makes it the current one.
@@ -297,6 +327,7 @@ impl Control {
         let mut folders = match &self.settings.input {
             Input::Yaml(paths) => paths.folders(),
             Input::XdsDir(folder) => vec![folder.clone()],
+            Input::Stream(_) => Vec::new(),
         };
         folders.extend(self.settings.certs.files().iter().filter_map(|file| Some(file.parent()?.to_owned())));
         folders.sort();
@@ -308,6 +339,7 @@ impl Control {
         let mut files = match &self.settings.input {
             Input::Yaml(paths) => paths.files(),
             Input::XdsDir(folder) => xds_dir::files(folder),
+            Input::Stream(_) => Vec::new(),
         };
         files.extend(self.settings.certs.files());
         files.extend(identity::files(&self.model));
@@ -323,6 +355,10 @@ impl Control {
 pub async fn run(mut control: Control, publish: channel::Sender<Arc<Published>>, mut asked: mpsc::Receiver<()>) {
     let mut watcher = Watcher::new(&control.folders());
     let mut issued = control.settings.certs.changes();
+    let mut stream = match &control.settings.input {
+        Input::Stream(news) => Some(news.clone()),
+        Input::Yaml(_) | Input::XdsDir(_) => None,
+    };
     // What was written between the first look and the watch tells nobody.
     let mut look = true;
     loop {
@@ -340,13 +376,14 @@ pub async fn run(mut control: Control, publish: channel::Sender<Arc<Published>>,
             wake = watcher.wake() => wake == Wake::Event || control.stamps != control.stamps_now(),
             Some(()) = asked.recv() => true,
             () = changed(&mut issued) => true,
+            () = changed(&mut stream) => true,
         };
     }
 }
 
-/// The next change; never, where nothing is issued, or nobody issues any more.
-async fn changed(issued: &mut Option<channel::Receiver<News>>) {
-    let told = match issued {
+/// The next change; never, where there is nothing that changes, or nobody who changes it any more.
+async fn changed<T>(of: &mut Option<channel::Receiver<T>>) {
+    let told = match of {
         Some(news) => news.changed().await.is_ok(),
         None => false,
     };

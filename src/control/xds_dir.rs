@@ -51,7 +51,7 @@ pub(super) fn load(responses: &[Bytes], who: &WhoAmI) -> Result<(Model, Proxy)> 
 
 /// Whose resources they are. They are complete without that; it is for addresses, logs and metrics, so what is not said
 /// stays empty.
-fn proxy(who: &WhoAmI) -> Result<Proxy> {
+pub(super) fn proxy(who: &WhoAmI) -> Result<Proxy> {
     let node = bootstrap::node(who).map_err(|e| anyhow!(e))?;
     Ok(Proxy {
         service_account: node.text("SERVICE_ACCOUNT"),

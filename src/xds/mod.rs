@@ -10,6 +10,7 @@ mod kind;
 mod messages;
 mod received;
 mod refs;
+mod run;
 mod store;
 #[cfg(test)]
 mod tests;
@@ -22,4 +23,5 @@ pub use messages::{
     DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, Request, Resource, Response, Status,
 };
 pub use received::{Received, Record, Refusal, Version};
+pub use run::{News, Settings, Stream, start};
 pub use warm::Update;

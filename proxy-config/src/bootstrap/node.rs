@@ -61,6 +61,20 @@ impl Node {
         format!("sidecar~{ip}~{}.{}~{}", self.name, self.namespace, self.dns_domain)
     }
 
+    /// The Node in protojson, as [`WhoAmI::Node`] takes it.
+    pub fn protojson(&self) -> Value {
+        serde_json::json!({
+            "id": self.id(),
+            "cluster": self.service_cluster,
+            "metadata": self.metadata,
+            "locality": {
+                "region": self.locality.region,
+                "zone": self.locality.zone,
+                "sub_zone": self.locality.sub_zone,
+            },
+        })
+    }
+
     /// `envoy.config.core.v3.Node` as a control plane gets it with the first request of a stream.
     ///
     /// The client is called what istiod's own sidecars are called: nothing that istiod sends depends on it, and what
