@@ -155,7 +155,7 @@ async fn serve(
     let (drain, leaving) = Drain::new();
     let (snapshots, receiver) = watch::channel(Arc::clone(&first.snapshot));
     let telemetry = observe::telemetry(&first.proxy);
-    let logs = Arc::new(observe::logs(args.access_log.as_deref(), &telemetry)?);
+    let logs = Arc::new(observe::logs(args.access_log.as_deref(), args.inputs.are_given(), &telemetry)?);
     let settings = worker::Settings {
         snapshots: receiver,
         drain: leaving.clone(),

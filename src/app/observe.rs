@@ -26,11 +26,11 @@ pub(super) fn telemetry(proxy: &Proxy) -> Arc<Telemetry> {
     telemetry
 }
 
-/// Access logs. Without a control plane the text log is on, as Istio's default configuration has it; a record on
-/// standard output has standard output for itself.
-pub(super) fn logs(record: Option<&Path>, telemetry: &Arc<Telemetry>) -> Result<Logs> {
+/// Access logs. Without a control plane (`alone`) the text log is on, as Istio's default configuration has it; a record
+/// on standard output has standard output for itself.
+pub(super) fn logs(record: Option<&Path>, alone: bool, telemetry: &Arc<Telemetry>) -> Result<Logs> {
     let record = record.map(|path| path.to_string_lossy().into_owned());
-    let default_text = (record.as_deref() != Some("-")).then(|| TEXT_FORMAT.to_owned());
+    let default_text = (alone && record.as_deref() != Some("-")).then(|| TEXT_FORMAT.to_owned());
     Logs::start(LogOptions { record, default_text }, telemetry).context("--access-log")
 }
 

@@ -31,7 +31,6 @@ use tokio::sync::watch as channel;
 pub use identity::Certs;
 
 use crate::dns::Resolver;
-use crate::identity::News;
 use crate::snapshot::{self, Snapshot};
 use crate::tls::Secrets;
 use names::Names;

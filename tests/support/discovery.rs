@@ -77,6 +77,7 @@ impl Discovery {
             name: name.clone(),
         });
         Some(DeltaDiscoveryResponse {
+            system_version_info: "push-1".to_owned(),
             resources: resources.collect(),
             type_url: request.type_url.clone(),
             nonce: format!("n{number}"),
