@@ -33,8 +33,8 @@ pub use identity::Certs;
 use crate::dns::Resolver;
 use crate::snapshot::{self, Snapshot};
 use crate::tls::Secrets;
-use names::Names;
 use crate::xds;
+use names::Names;
 use watch::{Wake, Watcher};
 
 /// Where configuration comes from.
