@@ -14,6 +14,9 @@ use tokio::sync::watch;
 use crate::net::interfaces;
 use crate::probe::{self, Event, Probe};
 
+/// Changes that wait to be printed.
+const CHANGES: usize = 16;
+
 /// Flags of `probe`.
 #[derive(Debug, Args)]
 pub(super) struct ProbeArgs {
@@ -41,10 +44,10 @@ pub(super) fn run(args: &ProbeArgs) -> Result<bool> {
         return tell(runtime.block_on(probe::ask(&probe, own)).err().as_deref());
     };
     let (_ready, ready) = watch::channel(true);
-    let (sender, mut changes) = tokio::sync::mpsc::unbounded_channel::<Event>();
+    let (sender, mut changes) = tokio::sync::mpsc::channel::<Event>(CHANGES);
     runtime.block_on(async {
-        // The receiver outlives the probe.
-        let asking = probe::run(probe, own, ready, move |event| drop(sender.send(event)));
+        // They are printed one by one, and there is one a period at most.
+        let asking = probe::run(probe, own, ready, move |event| drop(sender.try_send(event)));
         tokio::pin!(asking);
         let mut healthy = true;
         for _ in 0..events {

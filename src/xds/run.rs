@@ -9,7 +9,7 @@ use bytes::Bytes;
 use proxy_config::bootstrap::Bootstrap;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
-use tokio_stream::wrappers::UnboundedReceiverStream;
+use tokio_stream::wrappers::ReceiverStream;
 use tonic::client::Grpc;
 use tonic::codegen::http::uri::PathAndQuery;
 use tonic_prost::ProstCodec;
@@ -22,6 +22,8 @@ use crate::grpc::{Channel, Credentials, Server};
 
 const DELTA: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
 const SOTW: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources";
+/// Requests that wait for the socket: more than one for each type, and for each a report and an answer.
+const REQUESTS: usize = 64;
 /// How long a connection may take.
 const DIAL_LIMIT: Duration = Duration::from_secs(10);
 /// A new stream begins after this time, then after twice of it, and so on.
@@ -148,10 +150,10 @@ impl Client {
         let channel = Channel::connect(&endpoint, DIAL_LIMIT).await.map_err(|e| e.to_string())?;
         let mut grpc = Grpc::new(channel).max_decoding_message_size(usize::MAX);
         grpc.ready().await.map_err(|e| e.to_string())?;
-        let (send, requests) = mpsc::unbounded_channel::<P>();
-        let ask = |all: Vec<Request>| all.into_iter().filter_map(P::of).all(|request| send.send(request).is_ok());
-        ask(self.ads.connected(Instant::now()));
-        let request = self.settings.credentials.sign(tonic::Request::new(UnboundedReceiverStream::new(requests)));
+        let (send, requests) = mpsc::channel::<P>(REQUESTS);
+        let first = self.ads.connected(Instant::now());
+        ask(&send, first).await;
+        let request = self.settings.credentials.sign(tonic::Request::new(ReceiverStream::new(requests)));
         let path = PathAndQuery::from_static(P::PATH);
         let codec = ProstCodec::<P, P::Answer>::default();
         let opening = timeout(DIAL_LIMIT.saturating_mul(3), grpc.streaming(request, path, codec));
@@ -180,7 +182,7 @@ impl Client {
                     self.ads.tick(Instant::now())
                 }
             };
-            if !ask(say) {
+            if !ask(&send, say).await {
                 return Ok(());
             }
             self.publish();
@@ -203,6 +205,16 @@ impl Client {
             });
         }
     }
+}
+
+/// Hands requests to the stream; `false` when it is over.
+async fn ask<P: Protocol>(stream: &mpsc::Sender<P>, all: Vec<Request>) -> bool {
+    for request in all.into_iter().filter_map(P::of) {
+        if stream.send(request).await.is_err() {
+            return false;
+        }
+    }
+    true
 }
 
 /// A status in few words.
