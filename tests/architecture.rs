@@ -18,7 +18,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("dns", &["net"]),
     // Servers of the control plane are found by name.
     ("grpc", &["net", "tls", "dns", "error"]),
-    ("xds", &["grpc", "net", "tls", "error"]),
+    ("xds", &["grpc", "net", "tls", "telemetry", "error"]),
     ("identity", &["grpc", "net", "tls", "error"]),
     ("iptables", &["net"]),
     // HTTPS probes need a handshake.

@@ -33,7 +33,7 @@ pub(super) fn begin(agent: &Bootstrap) -> Result<(Control, Option<Reports>)> {
         (_, None) => Certs::None,
     };
     let settings = Settings {
-        input: Input::Stream(stream.news),
+        input: Input::Stream(stream),
         who: WhoAmI::Node(agent.node.protojson().to_string()),
         certs,
         publish_health: None,

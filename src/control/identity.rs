@@ -1,12 +1,14 @@
 //! Key material from files: the workload's certificate, and whatever `file-…` names configuration speaks of.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Result, anyhow, bail};
 use proxy_config::bootstrap::PemFiles;
 use proxy_config::model::{ClusterKind, CommonTls, Transport};
+use proxy_config::xds::{Material, Secret};
 use proxy_config::{Model, Name, Reject, Severity};
 use tokio::sync::watch;
 
@@ -139,6 +141,31 @@ pub(super) fn with_files(mut secrets: Secrets, model: &Model, made_up: bool) -> 
     }
     for name in names.certificates.union(&names.roots) {
         match secrets.with_files(name) {
+            Ok(next) => secrets = next,
+            Err(reason) => rejects.push(Reject {
+                resource: format!("Secret {name}"),
+                place: None,
+                field: String::new(),
+                reason,
+                severity: Severity::Error,
+                code: None,
+            }),
+        }
+    }
+    (secrets, rejects)
+}
+
+/// Adds what came over the stream; what cannot be used leaves what it had.
+pub(super) fn with_streamed(mut secrets: Secrets, streamed: &BTreeMap<Name, Arc<Secret>>) -> (Secrets, Vec<Reject>) {
+    let mut rejects = Vec::new();
+    for (name, secret) in streamed {
+        let used = match &secret.material {
+            Material::Certificate { chain, key } => {
+                Identity::from_pem(chain, key).map(|identity| secrets.with_identity(name, identity))
+            }
+            Material::Roots(pem) => Roots::from_pem(pem).map(|roots| secrets.with_roots(name, roots)),
+        };
+        match used {
             Ok(next) => secrets = next,
             Err(reason) => rejects.push(Reject {
                 resource: format!("Secret {name}"),

@@ -9,22 +9,27 @@
 //! control::run(control, publish, asked).await;        // until dropped
 //! ```
 
+pub mod heal;
 pub mod health;
 mod identity;
 mod jwks;
 mod names;
+mod stream;
 mod watch;
 mod xds_dir;
 pub mod yaml;
 
+use std::collections::BTreeMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use anyhow::Result;
+use proxy_config::model::Shared;
 use proxy_config::registry::Proxy;
-use proxy_config::{Inputs, Loaded, Model, Reject, Severity, WhoAmI};
+use proxy_config::xds::Secret;
+use proxy_config::{Inputs, Loaded, Model, Name, Reject, Severity, WhoAmI};
 use tokio::sync::mpsc;
 use tokio::sync::watch as channel;
 
@@ -45,7 +50,7 @@ pub enum Input {
     /// A folder of recorded discovery responses.
     XdsDir(PathBuf),
     /// istiod's stream.
-    Stream(channel::Receiver<xds::News>),
+    Stream(xds::Stream),
 }
 
 /// What the control loop is told at start-up.
@@ -62,6 +67,7 @@ pub struct Settings {
 }
 
 /// What is served at one moment, with what it was made from; sent to everybody over a `watch` channel.
+#[derive(Clone)]
 pub struct Published {
     /// Counts up from 1 (the snapshot's number); 0 is "nothing yet".
     pub version: u64,
@@ -76,6 +82,8 @@ pub struct Published {
     /// What `--publish-health` writes and how the application is asked; `None` for everybody but members of a
     /// WorkloadGroup.
     pub health: Option<Arc<health::Spec>>,
+    /// What came from a control plane, as it came, now and not at the moment of this publication.
+    pub received: Arc<xds::Received>,
     /// What is missing of the workload's certificate; `None`: nothing, or none is needed.
     pub awaited: Option<String>,
 }
@@ -90,6 +98,7 @@ impl Published {
             rejects: Arc::from([]),
             proxy,
             health: None,
+            received: Arc::default(),
             awaited: None,
         }
     }
@@ -142,6 +151,8 @@ pub struct Control {
     secrets: Secrets,
     published: Arc<Published>,
     stamps: Vec<Stamp>,
+    /// Key material that came over the stream.
+    streamed: Shared<BTreeMap<Name, Arc<Secret>>>,
     /// Keys of tokens that are fetched.
     keys: jwks::Fetches,
 }
@@ -167,6 +178,7 @@ impl Control {
             published: Arc::new(Published::nothing(Arc::clone(&proxy))),
             proxy,
             stamps: Vec::new(),
+            streamed: Shared::default(),
             keys: jwks::Fetches::default(),
         };
         control.take_in()?;
@@ -262,9 +274,9 @@ impl Control {
                 self.model = Arc::new(model);
                 self.proxy = Arc::new(proxy);
             }
-            Input::Stream(news) => {
+            Input::Stream(stream) => {
                 let (update, said) = {
-                    let news = news.borrow();
+                    let news = stream.news.borrow();
                     (news.update.clone(), news.updates)
                 };
                 // The first look is about who we are; nothing else is known then.
@@ -275,7 +287,10 @@ impl Control {
                     return Ok(());
                 }
                 self.said = said;
-                self.model = update.map(|update| Arc::new(update.model.clone())).unwrap_or_default();
+                if let Some(update) = update {
+                    self.model = Arc::new(update.model.clone());
+                    self.streamed = update.secrets.clone();
+                }
             }
         }
         Ok(())
@@ -283,7 +298,7 @@ impl Control {
 
     /// Nothing has come over the stream yet: there is nothing to serve, and that is no configuration.
     fn awaits_stream(&self) -> bool {
-        matches!(&self.settings.input, Input::Stream(news) if news.borrow().update.is_none())
+        matches!(&self.settings.input, Input::Stream(stream) if stream.news.borrow().update.is_none())
     }
 
     /// Compiles and makes it the current one.
@@ -303,6 +318,10 @@ impl Control {
             rejects: rejects.into(),
             proxy: Arc::clone(&self.proxy),
             health,
+            received: match &self.settings.input {
+                Input::Stream(stream) => Arc::clone(&stream.received),
+                Input::Yaml(_) | Input::XdsDir(_) => Arc::default(),
+            },
             awaited: self.settings.certs.awaited(&self.secrets),
         });
         self.stamps = self.stamps_now();
@@ -319,7 +338,11 @@ impl Control {
     }
 
     fn with_files(&self) -> (Secrets, Vec<Reject>) {
-        identity::with_files(self.secrets.clone(), &self.model, matches!(self.settings.certs, Certs::MadeUp))
+        let (secrets, mut rejects) = identity::with_streamed(self.secrets.clone(), &self.streamed);
+        let made_up = matches!(self.settings.certs, Certs::MadeUp);
+        let (secrets, unreadable) = identity::with_files(secrets, &self.model, made_up);
+        rejects.extend(unreadable);
+        (secrets, rejects)
     }
 
     fn folders(&self) -> Vec<PathBuf> {
@@ -355,7 +378,10 @@ pub async fn run(mut control: Control, publish: channel::Sender<Arc<Published>>,
     let mut watcher = Watcher::new(&control.folders());
     let mut issued = control.settings.certs.changes();
     let mut stream = match &control.settings.input {
-        Input::Stream(news) => Some(news.clone()),
+        Input::Stream(stream) => {
+            tokio::spawn(heal::run(publish.subscribe(), stream.asks.clone()));
+            Some(stream.news.clone())
+        }
         Input::Yaml(_) | Input::XdsDir(_) => None,
     };
     // What was written between the first look and the watch tells nobody.
@@ -375,7 +401,13 @@ pub async fn run(mut control: Control, publish: channel::Sender<Arc<Published>>,
             wake = watcher.wake() => wake == Wake::Event || control.stamps != control.stamps_now(),
             Some(()) = asked.recv() => true,
             () = changed(&mut issued) => true,
-            () = changed(&mut stream) => true,
+            () = changed(&mut stream) => match control.take_in_endpoints() {
+                Some(news) => {
+                    publish.send_replace(news);
+                    false
+                }
+                None => true,
+            },
         };
     }
 }
@@ -447,7 +479,7 @@ mod tests {
     fn settings(folder: &std::path::Path, certs: Certs) -> Settings {
         Settings {
             input: Input::XdsDir(folder.to_owned()),
-            who: WhoAmI::Env(std::collections::BTreeMap::new()),
+            who: WhoAmI::Env(BTreeMap::new()),
             certs,
             publish_health: None,
         }

@@ -50,7 +50,7 @@ use http::{HeaderMap, Method};
 
 pub use chain::{AlpnRewrite, Chain, Filter, HttpChain, HttpFilter, HttpOptions, TcpChain, Terminal};
 pub use cluster::{ClusterRef, ClusterShared, Transport, WeightedClusters};
-pub use compile::compile;
+pub use compile::{compile, compile_endpoints};
 pub use host::{
     Breakers, Ejection, Failures, Gauge, Host, HostSet, HostStats, LocalityHosts, Priority, Totals, Window,
 };
@@ -90,14 +90,14 @@ impl ClusterId {
 pub struct Snapshot {
     /// Counts up from 1.
     pub version: u64,
-    listeners: Box<[Arc<Listener>]>,
-    bound: Box<[Arc<Listener>]>,
-    by_address: hashbrown::HashMap<SocketAddr, u32, foldhash::fast::RandomState>,
-    routes: ByName<Arc<compile::CompiledTable>>,
+    listeners: Arc<[Arc<Listener>]>,
+    bound: Arc<[Arc<Listener>]>,
+    by_address: Arc<hashbrown::HashMap<SocketAddr, u32, foldhash::fast::RandomState>>,
+    routes: Arc<ByName<Arc<compile::CompiledTable>>>,
     clusters: Box<[Arc<ClusterShared>]>,
-    by_name: ByName<ClusterId>,
+    by_name: Arc<ByName<ClusterId>>,
     secrets: Secrets,
-    rejects: Box<[Reject]>,
+    rejects: Arc<[Reject]>,
     /// One for all snapshots of a process.
     bell: Arc<KeyBell>,
     counts_by_default: bool,

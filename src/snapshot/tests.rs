@@ -661,3 +661,27 @@ fn header_changes_are_checked_one_by_one() {
     assert_eq!(ops.set[0].value.constant().unwrap(), "100%");
     assert_eq!(ops.remove.len(), 1);
 }
+
+#[test]
+fn endpoints_alone_compile_to_what_everything_would() {
+    let mut model = small();
+    let (first, _) = compile(None, &model, &Secrets::new());
+    let moved = endpoints(vec![endpoint("10.0.0.1:80", &[]), endpoint("10.0.0.9:80", &[])]);
+    model.endpoints.insert(A.into(), moved);
+    let quick = compile_endpoints(&first, &model, &[A.into(), "nobody".into()]);
+    let (all, _) = compile(Some(&first), &model, &Secrets::new());
+    let hosts = |of: &Snapshot| -> Vec<String> {
+        let one = |c: &Arc<ClusterShared>| c.hosts.all.iter().map(|h| format!("{} {}", c.name, h.address)).collect();
+        of.clusters().iter().flat_map(|c: &Arc<ClusterShared>| -> Vec<String> { one(c) }).collect()
+    };
+    assert_eq!(hosts(&quick), hosts(&all));
+    assert_eq!(quick.version, 2);
+    let a = quick.cluster_id(A).expect("there");
+    assert!(!Arc::ptr_eq(quick.cluster(a), first.cluster(a)));
+    let same_stats = |of: &Snapshot| Arc::as_ptr(&of.cluster(a).hosts.all[0].stats);
+    assert_eq!(same_stats(&quick), same_stats(&first), "a host that stays keeps its counts");
+    for (id, cluster) in first.clusters().iter().enumerate().filter(|(_, c)| &*c.name != A) {
+        assert!(Arc::ptr_eq(cluster, &quick.clusters()[id]));
+    }
+    assert!(quick.listeners().iter().zip(first.listeners()).all(|(a, b)| Arc::ptr_eq(a, b)));
+}

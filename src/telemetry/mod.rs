@@ -19,6 +19,7 @@ mod attributes;
 mod cel;
 mod cel_parse;
 mod clock;
+pub mod control_plane;
 mod custom_series;
 mod expose;
 mod format;

@@ -74,6 +74,8 @@ struct Watch {
     opened: bool,
     /// Answered on this stream.
     answered: bool,
+    /// Answered on any stream.
+    known: bool,
     /// The next response is everything there is.
     complete: bool,
     /// Since when an answer is due.
@@ -178,7 +180,7 @@ impl Ads {
 
     /// What is to be served now; `None`: nothing new, or not complete yet.
     pub fn update(&mut self, now: Instant) -> Option<Update> {
-        let started = [Kind::Cluster, Kind::Listener].into_iter().all(|kind| !self.watch(kind).version.is_empty());
+        let started = [Kind::Cluster, Kind::Listener].into_iter().all(|kind| self.watch(kind).known);
         self.warm.update(&mut self.store, started, now)
     }
 
@@ -265,10 +267,11 @@ impl Ads {
         let error_detail = wire::refusal(kind, refused);
         let watch = &mut self.watches[kind.index()];
         watch.nonce.clone_from(&batch.nonce);
-        if error_detail.is_none() || watch.version.is_empty() {
+        if error_detail.is_none() || !watch.known {
             // A first version counts as told even if parts of it were refused: the rest of it is served.
             watch.version.clone_from(&batch.version);
         }
+        watch.known = true;
         let type_url = kind.url().to_owned();
         let response_nonce = batch.nonce.clone();
         send.push(if self.options.delta {

@@ -1,156 +1,28 @@
-//! Small resources as istiod would send them, and a server that speaks to [`super::Ads`] without a network.
+//! A server that speaks to [`super::Ads`] without a network, and small resources as istiod would send them.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::SystemTime;
 
-use bytes::Bytes;
-use envoy_types::pb::envoy::config::cluster::v3 as cluster;
-use envoy_types::pb::envoy::config::core::v3 as core;
-use envoy_types::pb::envoy::config::endpoint::v3 as endpoint;
-use envoy_types::pb::envoy::config::listener::v3 as listener;
-use envoy_types::pb::envoy::config::route::v3 as route;
-use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
-use envoy_types::pb::google::protobuf as wkt;
-use prost::Message;
+use bench_harness::istiod::resources;
+pub(super) use bench_harness::istiod::resources::{cors_extension, discovered, eds_cluster, no_names, unknown_guard};
 use proxy_config::xds::Any;
 use tokio::time::Instant;
 
 use super::*;
 
-fn ads() -> core::ConfigSource {
-    let ads = core::config_source::ConfigSourceSpecifier::Ads(core::AggregatedConfigSource::default());
-    core::ConfigSource { config_source_specifier: Some(ads), ..Default::default() }
-}
-
-fn any(kind: Kind, message: &impl Message) -> Any {
-    Any { type_url: kind.url().to_owned(), value: message.encode_to_vec().into() }
-}
-
-fn packed<M: Message + prost::Name>(message: &M) -> wkt::Any {
-    wkt::Any { type_url: format!("type.googleapis.com/{}", M::full_name()), value: message.encode_to_vec() }
-}
-
-/// A cluster that gets its endpoints from the stream; `seconds` tells versions apart.
-pub(super) fn eds_cluster(name: &str, seconds: i64) -> Any {
-    let of = cluster::Cluster {
-        name: name.to_owned(),
-        connect_timeout: Some(wkt::Duration { seconds, nanos: 0 }),
-        cluster_discovery_type: Some(cluster::cluster::ClusterDiscoveryType::Type(3)),
-        eds_cluster_config: Some(cluster::cluster::EdsClusterConfig {
-            eds_config: Some(ads()),
-            service_name: name.to_owned(),
-        }),
-        ..Default::default()
-    };
-    any(Kind::Cluster, &of)
-}
-
 /// A load assignment with one endpoint.
-pub(super) fn assignment(name: &str, address: &str) -> Any {
-    let socket = core::SocketAddress {
-        address: address.to_owned(),
-        port_specifier: Some(core::socket_address::PortSpecifier::PortValue(80)),
-        ..Default::default()
-    };
-    let address = core::Address { address: Some(core::address::Address::SocketAddress(socket)) };
-    let host = endpoint::Endpoint { address: Some(address), ..Default::default() };
-    let lb = endpoint::LbEndpoint {
-        host_identifier: Some(endpoint::lb_endpoint::HostIdentifier::Endpoint(host)),
-        ..Default::default()
-    };
-    let locality = endpoint::LocalityLbEndpoints { lb_endpoints: vec![lb], ..Default::default() };
-    let of = endpoint::ClusterLoadAssignment {
-        cluster_name: name.to_owned(),
-        endpoints: vec![locality],
-        ..Default::default()
-    };
-    any(Kind::Endpoints, &of)
+pub(super) fn assignment(name: &str, ip: &str) -> Any {
+    resources::assignment(name, &[(ip.parse::<std::net::IpAddr>().expect("an address"), 80).into()])
 }
 
 /// A table that sends everything to one cluster.
 pub(super) fn table(name: &str, cluster: &str) -> Any {
-    let action = route::RouteAction {
-        cluster_specifier: Some(route::route_action::ClusterSpecifier::Cluster(cluster.to_owned())),
-        ..Default::default()
-    };
-    let prefix = route::RouteMatch {
-        path_specifier: Some(route::route_match::PathSpecifier::Prefix("/".into())),
-        ..Default::default()
-    };
-    let one =
-        route::Route { r#match: Some(prefix), action: Some(route::route::Action::Route(action)), ..Default::default() };
-    let host =
-        route::VirtualHost { name: "all".into(), domains: vec!["*".into()], routes: vec![one], ..Default::default() };
-    any(Kind::Routes, &route::RouteConfiguration { name: name.into(), virtual_hosts: vec![host], ..Default::default() })
+    resources::table(name, cluster, 0)
 }
 
-/// An HTTP listener with these further filters before the router.
-pub(super) fn http_listener(name: &str, rds: &str, filters: Vec<hcm::HttpFilter>) -> Any {
-    let router = envoy_types::pb::envoy::extensions::filters::http::router::v3::Router::default();
-    let router = hcm::HttpFilter {
-        name: "envoy.filters.http.router".into(),
-        config_type: Some(hcm::http_filter::ConfigType::TypedConfig(packed(&router))),
-        ..Default::default()
-    };
-    let manager = hcm::HttpConnectionManager {
-        stat_prefix: name.into(),
-        route_specifier: Some(hcm::http_connection_manager::RouteSpecifier::Rds(hcm::Rds {
-            config_source: Some(ads()),
-            route_config_name: rds.into(),
-        })),
-        http_filters: filters.into_iter().chain([router]).collect(),
-        ..Default::default()
-    };
-    let filter = listener::Filter {
-        name: "envoy.filters.network.http_connection_manager".into(),
-        config_type: Some(listener::filter::ConfigType::TypedConfig(packed(&manager))),
-    };
-    let socket = core::SocketAddress {
-        address: "0.0.0.0".into(),
-        port_specifier: Some(core::socket_address::PortSpecifier::PortValue(80)),
-        ..Default::default()
-    };
-    let of = listener::Listener {
-        name: name.into(),
-        address: Some(core::Address { address: Some(core::address::Address::SocketAddress(socket)) }),
-        filter_chains: vec![listener::FilterChain { filters: vec![filter], ..Default::default() }],
-        ..Default::default()
-    };
-    any(Kind::Listener, &of)
-}
-
-/// A filter whose configuration comes by extension discovery.
-pub(super) fn discovered(name: &str) -> hcm::HttpFilter {
-    let source = core::ExtensionConfigSource { config_source: Some(ads()), ..Default::default() };
-    hcm::HttpFilter {
-        name: name.into(),
-        config_type: Some(hcm::http_filter::ConfigType::ConfigDiscovery(source)),
-        ..Default::default()
-    }
-}
-
-/// A filter that decides who may pass and that we do not know.
-pub(super) fn unknown_guard() -> hcm::HttpFilter {
-    let config = wkt::Any {
-        type_url: "type.googleapis.com/envoy.extensions.filters.http.oauth2.v3.OAuth2".into(),
-        value: Vec::new(),
-    };
-    hcm::HttpFilter {
-        name: "envoy.filters.http.oauth2".into(),
-        config_type: Some(hcm::http_filter::ConfigType::TypedConfig(config)),
-        ..Default::default()
-    }
-}
-
-/// The CORS filter, as an extension of this name.
-pub(super) fn cors_extension(name: &str) -> Any {
-    let cors = envoy_types::pb::envoy::extensions::filters::http::cors::v3::Cors::default();
-    any(Kind::Extension, &core::TypedExtensionConfig { name: name.into(), typed_config: Some(packed(&cors)) })
-}
-
-/// A name table without names.
-pub(super) fn no_names() -> Any {
-    Any { type_url: Kind::Names.url().to_owned(), value: Bytes::new() }
+/// An HTTP listener with these filters before the router.
+pub(super) fn http_listener(name: &str, rds: &str, filters: Vec<resources::HttpFilter>) -> Any {
+    resources::http_listener(name, ([0, 0, 0, 0], 80).into(), rds, filters)
 }
 
 /// A delta response.

@@ -1,13 +1,15 @@
 //! Speaks with istiod: the aggregated discovery stream.
 //!
-//! [`Ads`] decides what is asked for and answered, as a value without I/O. It decides nothing about traffic: what it gives
-//! out is a model, whole and warm, that `control` compiles and publishes.
+//! [`Ads`] decides what is asked for and answered, as a value without I/O; [`start`] carries its messages. Neither decides
+//! about traffic: what they give out is a model, whole and warm, that `control` compiles and publishes.
 
 mod ads;
+mod codec;
 #[cfg(test)]
 mod fixture;
 mod kind;
 mod messages;
+mod pace;
 mod received;
 mod refs;
 mod run;
@@ -23,5 +25,5 @@ pub use messages::{
     DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, Request, Resource, Response, Status,
 };
 pub use received::{Received, Record, Refusal, Version};
-pub use run::{News, Settings, Stream, start};
+pub use run::{Ask, News, Settings, Stream, start};
 pub use warm::Update;

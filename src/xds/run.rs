@@ -1,42 +1,45 @@
-//! The stream itself: connects, hands what comes to [`Ads`], sends what that says, and begins again when it ends.
+//! The stream's I/O: connects, carries messages between istiod and [`Ads`], comes back when it ends.
 //!
-//! What was received stays while there is no stream: a control plane that is away costs nothing but news.
+//! It decides when to give a server up and which one to try next; what is said is for [`Ads`]. One stream is one
+//! connection, as the agent has it: its end, whoever brought it about, is answered by a new one after a random wait.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bytes::Bytes;
+use proxy_config::Name;
 use proxy_config::bootstrap::Bootstrap;
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
-use tonic::client::Grpc;
-use tonic::codegen::http::uri::PathAndQuery;
-use tonic_prost::ProstCodec;
+use tonic::{Code, Status, Streaming};
 
-use super::ads::{Ads, Health, Options};
-use super::messages::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, Request, Response};
+use super::ads::{Ads, Health, Options, Step};
+use super::codec::AdsCodec;
+use super::messages::{Request, Response};
+use super::pace::{Backoff, Debounce};
 use super::received::Received;
 use super::warm::Update;
 use crate::grpc::{Channel, Credentials, Server};
+use crate::telemetry::control_plane;
 
+/// Longest wait for a connection, handshake included; the agent's.
+const DIAL: Duration = Duration::from_secs(5);
+/// Longest wait for the first answer of a stream.
+const FIRST_ANSWER: Duration = Duration::from_secs(30);
+/// Responses are as large as the mesh; the agent takes what fits into an int32.
+const MAX_RESPONSE: usize = i32::MAX as usize;
+/// Nothing to do at any known time.
+const LATER: Duration = Duration::from_secs(3600);
 const DELTA: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
 const SOTW: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/StreamAggregatedResources";
-/// Requests that wait for the socket: more than one for each type, and for each a report and an answer.
-const REQUESTS: usize = 64;
-/// How long a connection may take.
-const DIAL_LIMIT: Duration = Duration::from_secs(10);
-/// A new stream begins after this time, then after twice of it, and so on.
-const FIRST_PAUSE: Duration = Duration::from_millis(250);
-const LONGEST_PAUSE: Duration = Duration::from_secs(30);
-/// A stream that lived for so long was a good one: the next pause is the first again.
-const GOOD: Duration = Duration::from_secs(10);
 
 /// Whom to ask, and as whom.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// Where.
-    pub server: Server,
+    /// Control planes, at least one, tried in turn; files are read anew for each connection.
+    pub servers: Vec<Server>,
     /// What goes along.
     pub credentials: Credentials,
     /// Protocol and node.
@@ -48,7 +51,7 @@ impl Settings {
     pub fn of(bootstrap: &Bootstrap) -> Self {
         let node = Bytes::from(bootstrap.node.encode());
         Self {
-            server: Server::from(&bootstrap.xds),
+            servers: vec![Server::from(&bootstrap.xds)],
             credentials: Credentials::from(&bootstrap.xds),
             options: Options { delta: bootstrap.delta, node, names: bootstrap.dns.is_some() },
         }
@@ -60,171 +63,267 @@ impl Settings {
 pub struct News {
     /// What is to be served; `None`: nothing complete yet.
     pub update: Option<Arc<Update>>,
-    /// Updates so far.
+    /// Updates so far. Whoever missed one must not trust [`Update::endpoints`].
     pub updates: u64,
     /// Why there is no stream, for people; `None`: there is one.
     pub trouble: Option<String>,
 }
 
 /// A stream that goes on for ever.
+#[derive(Debug, Clone)]
 pub struct Stream {
     /// What came last.
     pub news: watch::Receiver<News>,
     /// Everything as it came.
     pub received: Arc<Received>,
+    /// For those who want something of it.
+    pub asks: mpsc::Sender<Ask>,
 }
 
-/// Begins to ask, in a task that ends with the last receiver. `health` is what istiod is to hear of the application.
+/// Something that others want of the stream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Ask {
+    /// Endpoints of these clusters do not work: send them again.
+    Resubscribe(Vec<Name>),
+    /// A new stream to the same server, with credentials read anew.
+    Reconnect,
+    /// A new stream to the next server.
+    ChangeServer,
+}
+
+/// Begins to ask, in a task that ends with the last receiver of news. `health` is what istiod is to hear of the
+/// application.
 pub fn start(settings: Settings, health: watch::Receiver<Option<Health>>) -> Stream {
     let ads = Ads::new(settings.options.clone());
     let received = ads.bytes();
     let (sender, news) = watch::channel(News::default());
-    tokio::spawn(async move {
-        let closed = sender.clone();
-        let mut client = Client { settings, ads, health, news: sender };
-        tokio::select! {
-            () = client.run() => {}
-            () = closed.closed() => {}
-        }
-    });
-    Stream { news, received }
+    let (asks, asked) = mpsc::channel(8);
+    let client =
+        Client { ads, settings, health, news: sender, asks: asked, debounce: Debounce::default(), turn: 0, pushes: 0 };
+    tokio::spawn(client.run());
+    Stream { news, received, asks }
 }
 
+/// Speaks with a control plane.
 struct Client {
-    settings: Settings,
     ads: Ads,
+    settings: Settings,
     health: watch::Receiver<Option<Health>>,
     news: watch::Sender<News>,
+    asks: mpsc::Receiver<Ask>,
+    debounce: Debounce,
+    /// Which server and which of its addresses is next.
+    turn: usize,
+    /// Responses so far.
+    pushes: u64,
 }
 
-/// Requests and responses of one protocol.
-trait Protocol: prost::Message + Default + 'static {
-    type Answer: prost::Message + Default + Into<Response> + 'static;
-    const PATH: &'static str;
-    fn of(request: Request) -> Option<Self>;
-}
-
-impl Protocol for DeltaDiscoveryRequest {
-    type Answer = DeltaDiscoveryResponse;
-    const PATH: &'static str = DELTA;
-    fn of(request: Request) -> Option<Self> {
-        if let Request::Delta(request) = request { Some(request) } else { None }
-    }
-}
-
-impl Protocol for DiscoveryRequest {
-    type Answer = proxy_config::xds::DiscoveryResponse;
-    const PATH: &'static str = SOTW;
-    fn of(request: Request) -> Option<Self> {
-        if let Request::Sotw(request) = request { Some(request) } else { None }
-    }
+/// Why a stream ended.
+#[derive(Debug)]
+enum End {
+    /// No connection, or no stream on it.
+    Unreachable(String),
+    /// The server ended it after it had answered.
+    Ended(String),
+    /// A question stayed open.
+    Silent,
+    /// The server does not know the protocol.
+    Unknown,
+    /// Somebody asked for another stream.
+    Asked(Ask),
+    /// Nobody listens to us any more.
+    Unheard,
 }
 
 impl Client {
-    async fn run(&mut self) {
-        let mut pause = FIRST_PAUSE;
-        loop {
-            let begun = Instant::now();
-            let end = match self.ads.is_delta() {
-                true => self.stream::<DeltaDiscoveryRequest>().await,
-                false => self.stream::<DiscoveryRequest>().await,
-            };
+    /// Speaks until nobody listens any more.
+    async fn run(mut self) {
+        let mut backoff = Backoff::default();
+        let first = self.health.borrow_and_update().clone();
+        self.ads.report(first);
+        while !self.news.is_closed() {
+            let pushes = self.pushes;
+            let end = Box::pin(self.stream()).await;
             self.ads.disconnected();
-            let why = end.err().unwrap_or_else(|| "the stream was closed".to_owned());
-            let address = &self.settings.server.address;
-            tracing::warn!("istiod at {address}: {why}; what was received is served on");
-            self.news.send_modify(|news| news.trouble = Some(format!("istiod at {address}: {why}")));
-            pause = if begun.elapsed() >= GOOD { FIRST_PAUSE } else { pause };
-            // Proxies that lost the same istiod must not come back at the same moment.
-            sleep(pause.mul_f64(0.5 + fastrand::f64())).await;
-            pause = (pause * 2).min(LONGEST_PAUSE);
-            // What waited for something that did not come may be due.
-            self.publish();
+            control_plane::connected(false);
+            if self.pushes != pushes {
+                backoff.reset();
+            }
+            if self.went(end) {
+                self.rest(Instant::now() + backoff.next(fastrand::f64())).await;
+            }
         }
     }
 
-    /// One stream, to its end.
-    async fn stream<P: Protocol>(&mut self) -> Result<(), String> {
-        let now = time::OffsetDateTime::now_utc().unix_timestamp();
-        let endpoint = self.settings.server.endpoint(now)?;
-        let channel = Channel::connect(&endpoint, DIAL_LIMIT).await.map_err(|e| e.to_string())?;
-        let mut grpc = Grpc::new(channel).max_decoding_message_size(usize::MAX);
-        grpc.ready().await.map_err(|e| e.to_string())?;
-        let (send, requests) = mpsc::channel::<P>(REQUESTS);
-        let first = self.ads.connected(Instant::now());
-        ask(&send, first).await;
-        let request = self.settings.credentials.sign(tonic::Request::new(ReceiverStream::new(requests)));
-        let path = PathAndQuery::from_static(P::PATH);
-        let codec = ProstCodec::<P, P::Answer>::default();
-        let opening = timeout(DIAL_LIMIT.saturating_mul(3), grpc.streaming(request, path, codec));
-        let opened = opening.await.map_err(|_| "no answer".to_owned())?;
-        let mut answers = opened.map_err(|status| told(&status))?.into_inner();
-        tracing::info!("istiod at {}: the stream is open", self.settings.server.address);
+    /// What the end of a stream means for the next; `false`: it begins at once.
+    fn went(&mut self, end: End) -> bool {
+        let address = self.server().address.clone();
+        let why = match end {
+            End::Unheard => return false,
+            End::Asked(Ask::Reconnect | Ask::Resubscribe(_)) => return false,
+            End::Asked(Ask::ChangeServer) => {
+                self.turn += 1;
+                return false;
+            }
+            End::Unknown => {
+                self.ads.set_delta(!self.ads.is_delta());
+                "it does not speak this protocol; the other one is tried".to_owned()
+            }
+            End::Ended(why) => why,
+            End::Unreachable(why) => {
+                self.turn += 1;
+                why
+            }
+            End::Silent => {
+                self.turn += 1;
+                "questions stay unanswered".to_owned()
+            }
+        };
+        tracing::warn!("istiod at {address}: {why}; what was received is served on");
+        self.news.send_modify(|news| news.trouble = Some(format!("istiod at {address}: {why}")));
+        true
+    }
+
+    /// Waits, and serves meanwhile what has come and become warm.
+    async fn rest(&mut self, until: Instant) {
+        loop {
+            let due = self.due();
+            if due >= until {
+                return sleep_until(until).await;
+            }
+            sleep_until(due).await;
+            self.publish(Instant::now());
+        }
+    }
+
+    fn server(&self) -> &Server {
+        &self.settings.servers[self.turn % self.settings.servers.len()]
+    }
+
+    async fn stream(&mut self) -> End {
+        let (send, messages) = mpsc::channel(16);
+        let mut queue = VecDeque::new();
+        let mut answers = match self.open(messages, &send, &mut queue).await {
+            Ok(answers) => answers,
+            Err(end) => return end,
+        };
+        control_plane::connected(true);
+        tracing::info!("istiod at {}: the stream is open", self.server().address);
         self.news.send_modify(|news| news.trouble = None);
         loop {
-            let wake = self.ads.wake();
-            let patience = self.ads.patience();
-            let due = wake.into_iter().chain(patience).min();
-            let say = tokio::select! {
+            let wake = [Some(self.due()), self.ads.patience()].into_iter().flatten().min().expect("one is there");
+            tokio::select! {
                 answer = answers.message() => match answer {
-                    Ok(Some(answer)) => self.take(answer.into()),
-                    Ok(None) => return Ok(()),
-                    Err(status) => return Err(told(&status)),
+                    Ok(Some(response)) => queue.extend(self.take(response)),
+                    Ok(None) => return End::Ended("OK".to_owned()),
+                    Err(status) => return ended(&status),
+                },
+                permit = send.reserve(), if !queue.is_empty() => match permit {
+                    Ok(permit) => permit.send(queue.pop_front().expect("it is not empty")),
+                    // Its other end goes with the connection; the answers tell why.
+                    Err(_) => queue.clear(),
                 },
                 Ok(()) = self.health.changed() => {
-                    let now = self.health.borrow_and_update().clone();
-                    self.ads.report(now)
+                    let health = self.health.borrow_and_update().clone();
+                    queue.extend(self.ads.report(health));
                 }
-                () = until(due) => {
-                    if patience.is_some_and(|end| end <= Instant::now()) {
-                        return Err("questions stay unanswered".to_owned());
+                Some(ask) = self.asks.recv() => match ask {
+                    Ask::Resubscribe(names) => queue.extend(self.ads.resubscribe(&names)),
+                    ask => return End::Asked(ask),
+                },
+                () = self.news.closed() => return End::Unheard,
+                () = sleep_until(wake) => {
+                    let now = Instant::now();
+                    if self.ads.patience().is_some_and(|end| now >= end) {
+                        return End::Silent;
                     }
-                    self.ads.tick(Instant::now())
+                    queue.extend(self.ads.tick(now));
+                    if !self.publish(now) {
+                        return End::Unheard;
+                    }
                 }
-            };
-            if !ask(&send, say).await {
-                return Ok(());
             }
-            self.publish();
         }
     }
 
-    fn take(&mut self, answer: Response) -> Vec<Request> {
-        let step = self.ads.received(answer, Instant::now(), SystemTime::now());
-        for reject in &step.refused {
+    /// Connects and opens the stream with the first requests in it: servers answer only to those.
+    async fn open(
+        &mut self,
+        messages: mpsc::Receiver<Request>,
+        send: &mpsc::Sender<Request>,
+        queue: &mut VecDeque<Request>,
+    ) -> Result<Streaming<Response>, End> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs().cast_signed());
+        let mut endpoint = self.server().endpoint(now).map_err(End::Unreachable)?;
+        endpoint.attempt = self.turn / self.settings.servers.len();
+        let channel = Channel::connect(&endpoint, DIAL).await.map_err(|e| End::Unreachable(e.to_string()))?;
+        let mut grpc = tonic::client::Grpc::new(channel).max_decoding_message_size(MAX_RESPONSE);
+        grpc.ready().await.map_err(|e| End::Unreachable(e.to_string()))?;
+        queue.extend(self.ads.connected(Instant::now()));
+        while let Some(request) = queue.pop_front() {
+            if let Err(mpsc::error::TrySendError::Full(request)) = send.try_send(request) {
+                queue.push_front(request);
+                break;
+            }
+        }
+        let delta = self.ads.is_delta();
+        let path = if delta { DELTA } else { SOTW };
+        let request = self.settings.credentials.sign(tonic::Request::new(ReceiverStream::new(messages)));
+        let call = grpc.streaming(request, http::uri::PathAndQuery::from_static(path), AdsCodec { delta });
+        match timeout(FIRST_ANSWER, call).await {
+            Ok(Ok(answers)) => Ok(answers.into_inner()),
+            Ok(Err(status)) => Err(refused(&status)),
+            Err(_) => Err(End::Silent),
+        }
+    }
+
+    /// A response came; what to send.
+    fn take(&mut self, response: Response) -> Vec<Request> {
+        let now = Instant::now();
+        let Step { send, changed, refused } = self.ads.received(response, now, SystemTime::now());
+        self.pushes += 1;
+        control_plane::pushed(SystemTime::now(), !refused.is_empty());
+        for reject in &refused {
             tracing::error!("istiod was told that this is not served: {reject}");
         }
-        step.send
+        if changed {
+            self.debounce.changed(now);
+        }
+        send
     }
 
-    fn publish(&mut self) {
-        if let Some(update) = self.ads.update(Instant::now()) {
+    /// When something is to be done although nothing comes.
+    fn due(&self) -> Instant {
+        [self.debounce.due(), self.ads.wake()].into_iter().flatten().min().unwrap_or_else(|| Instant::now() + LATER)
+    }
+
+    /// Hands on what can be served; `false`: nobody takes it.
+    fn publish(&mut self, now: Instant) -> bool {
+        self.debounce.done();
+        if let Some(update) = self.ads.update(now) {
             self.news.send_modify(|news| {
                 news.update = Some(Arc::new(update));
                 news.updates += 1;
             });
         }
+        !self.news.is_closed()
     }
 }
 
-/// Hands requests to the stream; `false` when it is over.
-async fn ask<P: Protocol>(stream: &mpsc::Sender<P>, all: Vec<Request>) -> bool {
-    for request in all.into_iter().filter_map(P::of) {
-        if stream.send(request).await.is_err() {
-            return false;
-        }
+fn refused(status: &Status) -> End {
+    match status.code() {
+        Code::Unimplemented => End::Unknown,
+        _ => End::Unreachable(told(status)),
     }
-    true
 }
 
-/// A status in few words.
-fn told(status: &tonic::Status) -> String {
-    format!("{:?}: {}", status.code(), status.message())
+fn ended(status: &Status) -> End {
+    match status.code() {
+        Code::Unimplemented => End::Unknown,
+        _ => End::Ended(told(status)),
+    }
 }
 
-async fn until(when: Option<Instant>) {
-    match when {
-        Some(when) => sleep_until(when).await,
-        None => std::future::pending().await,
-    }
+fn told(status: &Status) -> String {
+    format!("{:?} {}", status.code(), status.message())
 }

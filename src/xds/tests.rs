@@ -123,6 +123,18 @@ fn what_is_sent_again_is_acknowledged_and_is_no_news() {
 }
 
 #[test]
+fn a_push_without_a_version_counts_as_one() {
+    let (mut ads, now) = (ads(false), Instant::now());
+    ads.connected(now);
+    for kind in [Kind::Cluster, Kind::Listener] {
+        let response = DeltaDiscoveryResponse { type_url: kind.url().into(), nonce: "n".into(), ..Default::default() };
+        assert!(ads.update(now).is_none());
+        says(&mut ads, response.into());
+    }
+    assert!(ads.update(now).is_some());
+}
+
+#[test]
 fn a_bad_resource_refuses_itself_by_name_and_leaves_what_was() {
     let (mut ads, mut server, now) = (ads(false), seeded(), Instant::now());
     let first = ads.connected(now);

@@ -10,8 +10,10 @@
 //!
 //! Everything that was asked is recorded; tests wait for the record to grow instead of sleeping.
 
+pub mod ads;
 pub mod ca;
 mod log;
+pub mod resources;
 pub mod server;
 
 use std::net::SocketAddr;

@@ -1,0 +1,43 @@
+//! The push that comes most often, taken in without a look at anything that it does not concern.
+
+use std::sync::Arc;
+
+use proxy_config::Model;
+
+use super::{Control, Input, Published};
+use crate::snapshot;
+
+impl Control {
+    /// Takes in the stream's next update where it is about load assignments only, without a look at anything else; the
+    /// news. `None`: that is not what came, or an update was missed.
+    pub(super) fn take_in_endpoints(&mut self) -> Option<Arc<Published>> {
+        let Input::Stream(stream) = &self.settings.input else { return None };
+        let (update, said) = {
+            let news = stream.news.borrow();
+            (news.update.clone()?, news.updates)
+        };
+        let names = update.endpoints.as_ref()?;
+        if self.published.version == 0 || said != self.said + 1 || !self.streamed.same(&update.secrets) {
+            return None;
+        }
+        self.said = said;
+        self.model = Arc::new(update.model.clone());
+        // What else is in there (hosts of names, fetched keys) stays as it was found.
+        let mut model = Model::clone(&self.published.model);
+        for name in names {
+            match self.model.endpoints.get(name) {
+                Some(said) => model.endpoints.insert(Arc::clone(name), Arc::clone(said)),
+                None => model.endpoints.remove(name),
+            };
+        }
+        let old = &self.published;
+        let snapshot = snapshot::compile_endpoints(&old.snapshot, &model, names);
+        self.published = Arc::new(Published {
+            version: snapshot.version,
+            model: Arc::new(model),
+            snapshot: Arc::new(snapshot),
+            ..Published::clone(old)
+        });
+        Some(self.published())
+    }
+}
