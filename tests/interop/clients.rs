@@ -28,7 +28,7 @@ impl World {
     pub(crate) fn curl(&self, arguments: &[&str]) -> Answer {
         let (head, body) = (self.dir.path().join("head"), self.dir.path().join("body"));
         let mut command = Command::new("curl");
-        command.args(["-sS", "-m", "20", "-w", "%{http_code} %{http_version}", "-D"]).arg(&head).arg("-o").arg(&body);
+        command.args(["-sS", "-m", "60", "-w", "%{http_code} %{http_version}", "-D"]).arg(&head).arg("-o").arg(&body);
         let out = command.args(arguments).output().expect("curl (package curl)");
         let told = String::from_utf8_lossy(&out.stdout).into_owned();
         assert!(out.status.success(), "curl {arguments:?}: {told} {}", String::from_utf8_lossy(&out.stderr));
@@ -48,11 +48,11 @@ impl World {
     /// A large body comes back as it was sent.
     pub(crate) fn echoes(&self, arguments: &[&str]) {
         let (sent, got) = (self.dir.path().join("large"), self.dir.path().join("echo"));
-        let bytes: Vec<u8> = (0..LARGE).map(|at| (at * 31 >> 5) as u8).collect();
+        let bytes: Vec<u8> = (0..LARGE).map(|at| ((at * 31) >> 5) as u8).collect();
         std::fs::write(&sent, &bytes).expect("a file");
         let mut command = Command::new("curl");
         command
-            .args(["-sS", "-m", "60", "-H", "expect:", "-o"])
+            .args(["-sS", "-m", "120", "-H", "expect:", "-o"])
             .arg(&got)
             .arg("--data-binary")
             .arg(format!("@{}", sent.display()));
