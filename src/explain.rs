@@ -15,13 +15,14 @@ mod target;
 
 use std::borrow::Cow;
 use std::io::Write;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use anyhow::Result;
 use http::HeaderMap;
 use http::uri::PathAndQuery;
+use proxy_config::Model;
 use proxy_config::model::{self, Direction, TransportProtocol};
 
 pub use answer::Answer;
@@ -58,7 +59,8 @@ pub fn run(settings: Settings, calls: &[Call], json: bool, out: &mut impl Write)
         writeln!(out, "warning: {reject}")?;
     }
     for call in calls {
-        print(&explain(&published.snapshot, call), call, json, out)?;
+        let (call, note) = named(&published.model, call);
+        print(&with(explain(&published.snapshot, &call), note), &call, json, out)?;
     }
     Ok(())
 }
@@ -67,7 +69,8 @@ pub fn run(settings: Settings, calls: &[Call], json: bool, out: &mut impl Write)
 pub fn answer_lines(published: &Published, calls: &str) -> Result<String> {
     let mut out = Vec::new();
     for call in parse(calls)? {
-        print(&explain(&published.snapshot, &call), &call, true, &mut out)?;
+        let (call, note) = named(&published.model, &call);
+        print(&with(explain(&published.snapshot, &call), note), &call, true, &mut out)?;
     }
     Ok(String::from_utf8_lossy(&out).into_owned())
 }
@@ -80,6 +83,31 @@ fn print(answer: &Answer, call: &Call, json: bool, out: &mut impl Write) -> Resu
         write!(out, "{}", answer.text(call))?;
     }
     Ok(())
+}
+
+/// The call as a client would make it whose names the mesh answers: a host that the mesh's name table has goes to its
+/// first address. With what to say about that.
+fn named<'a>(model: &Model, call: &'a Call) -> (Cow<'a, Call>, Option<String>) {
+    let known = || {
+        let name = call.host.rsplit_once(':').map_or(&*call.host, |(name, _)| name).trim_end_matches('.');
+        let info = model.names.get(name.to_ascii_lowercase().as_str())?;
+        info.ips.iter().find_map(|ip| ip.parse::<IpAddr>().ok()).map(|ip| (name, ip))
+    };
+    if call.address.is_some() || call.mode != Mode::Outbound {
+        return (Cow::Borrowed(call), None);
+    }
+    match known() {
+        Some((name, ip)) => {
+            let note = format!("{name} is {ip} in the mesh's name table");
+            (Cow::Owned(Call { address: Some(ip), ..call.clone() }), Some(note))
+        }
+        None => (Cow::Borrowed(call), None),
+    }
+}
+
+fn with(mut answer: Answer, note: Option<String>) -> Answer {
+    answer.notes.extend(note);
+    answer
 }
 
 /// What would happen to a call.
@@ -362,4 +390,28 @@ fn judge(
 fn local(kind: Kind) -> Response {
     let row = kind.row();
     Response { status: row.status, flags: row.flag.to_string(), details: row.details.to_owned(), location: None }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_the_mesh_are_answered_as_its_dns_would() {
+        let info = model::NameInfo { ips: vec!["240.240.0.7".to_owned()], ..model::NameInfo::default() };
+        let mut model = Model::default();
+        model.names.insert("db.example.com".into(), info);
+        let to = |host: &str, mode: Mode| Call { host: host.to_owned(), port: 80, mode, ..Call::default() };
+        for host in ["db.example.com", "DB.example.com:80", "db.example.com."] {
+            let call = to(host, Mode::Outbound);
+            let (asked, note) = named(&model, &call);
+            assert_eq!(asked.destination().to_string(), "240.240.0.7:80");
+            assert!(note.is_some_and(|note| note.ends_with("is 240.240.0.7 in the mesh's name table")));
+        }
+        let said = Call { address: Some(IpAddr::from([10, 0, 0, 1])), ..to("db.example.com", Mode::Outbound) };
+        for call in [to("other", Mode::Outbound), to("db.example.com", Mode::Inbound), said] {
+            let (asked, note) = named(&model, &call);
+            assert!(*asked == call && note.is_none());
+        }
+    }
 }

@@ -117,3 +117,69 @@ fn counts(cluster: &ClusterShared) -> Counts {
 fn open(cluster: &ClusterShared) -> u32 {
     cluster.hosts.all.iter().map(|host| host.stats.totals.connections.load(Relaxed)).sum()
 }
+
+#[cfg(test)]
+mod tests {
+    use bench_harness::istiod::resources;
+    use proxy_config::{Model, xds};
+
+    use super::*;
+    use crate::snapshot;
+    use crate::tls::Secrets;
+
+    fn snapshot(prev: Option<&Snapshot>, hosts: &[u8]) -> Snapshot {
+        let all: Vec<_> = hosts.iter().map(|n| ([10, 0, 0, *n], 80).into()).collect();
+        let mut model = Model::default();
+        let cluster = xds::cluster(&resources::eds_cluster("a", 1)).unwrap().value;
+        model.clusters.insert("a".into(), Arc::new(cluster));
+        let said = xds::endpoints(&resources::assignment("a", &all)).unwrap().value;
+        model.endpoints.insert("a".into(), Arc::new(said));
+        snapshot::compile(prev, &model, &Secrets::new()).0
+    }
+
+    fn fail(snapshot: &Snapshot) {
+        let host = &snapshot.clusters()[0].hosts.all[0];
+        host.stats.totals.connect_failures.fetch_add(1, Relaxed);
+    }
+
+    fn ask() -> Vec<Ask> {
+        vec![Ask::Resubscribe(vec!["a".into()])]
+    }
+
+    #[test]
+    fn lasting_trouble_is_told_and_then_another_server_is_asked() {
+        let (snapshot, mut healer, start) = (snapshot(None, &[1, 2]), Healer::default(), Instant::now());
+        let mut asks = Vec::new();
+        for look in 0..20 {
+            fail(&snapshot);
+            asks.extend(healer.look(&snapshot, start + LOOK * look));
+        }
+        // Told once, then once to the next server; to that one it is told again.
+        let changes = asks.iter().filter(|ask| **ask == Ask::ChangeServer).count();
+        assert_eq!(changes, 1, "{asks:?}");
+        assert_eq!(asks[..2], [ask(), vec![Ask::ChangeServer]].concat()[..], "{asks:?}");
+    }
+
+    #[test]
+    fn success_new_endpoints_and_quiet_end_it() {
+        let (mut healer, now) = (Healer::default(), Instant::now());
+        let first = snapshot(None, &[1, 2]);
+        let mut looks = |of: &Snapshot| healer.look(of, now);
+        fail(&first);
+        assert_eq!((looks(&first), looks(&first)), (vec![], vec![]), "no failure between");
+        fail(&first);
+        assert!(looks(&first).is_empty());
+        first.clusters()[0].hosts.all[1].stats.totals.connections_total.fetch_add(1, Relaxed);
+        fail(&first);
+        assert!(looks(&first).is_empty(), "one host works");
+        fail(&first);
+        assert!(looks(&first).is_empty());
+        let second = snapshot(Some(&first), &[1, 3]);
+        fail(&second);
+        assert!(looks(&second).is_empty(), "there were news");
+        fail(&second);
+        assert!(looks(&second).is_empty());
+        fail(&second);
+        assert_eq!(looks(&second), ask());
+    }
+}
