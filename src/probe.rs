@@ -21,6 +21,7 @@ use serde::Deserialize;
 use tokio::sync::watch;
 use tokio::time::{MissedTickBehavior, interval, sleep, timeout};
 
+use crate::dns::{Family, Resolver};
 use crate::net::{Stream, Target, connect};
 use crate::tls::{self, ClientTls, Secrets};
 
@@ -242,8 +243,9 @@ async fn address(host: &str, port: u16, own: IpAddr) -> Result<SocketAddr, Strin
     if let Ok(ip) = bare.parse() {
         return Ok(SocketAddr::new(ip, port));
     }
-    let mut found = tokio::net::lookup_host((bare, port)).await.map_err(|e| format!("lookup {bare}: {e}"))?;
-    found.next().ok_or_else(|| format!("lookup {bare}: no address"))
+    let answer = Resolver::system().addresses(bare, Family::All).await.map_err(|e| format!("lookup {bare}: {e}"))?;
+    let ip = answer.addresses.first().ok_or_else(|| format!("lookup {bare}: no address"))?;
+    Ok(SocketAddr::new(*ip, port))
 }
 
 async fn tcp_connect(tcp: &TcpSocket, own: IpAddr) -> Result<(), String> {
@@ -539,9 +541,10 @@ mod tests {
         // The grandchild holds the fifo's write end for as long as it lives.
         let script = format!("sleep 600 > {} & wait", fifo.display());
         let exec = Exec { command: vec!["sh".to_owned(), "-c".to_owned(), script] };
-        let reading = tokio::task::spawn_blocking(move || std::fs::read(fifo));
+        let (send, read) = tokio::sync::oneshot::channel();
+        std::thread::spawn(move || send.send(std::fs::read(fifo)));
         assert!(exec_command(&exec, Duration::from_secs(1)).await.is_err());
-        let ended = timeout(Duration::from_secs(30), reading).await.expect("nobody holds the fifo any more");
+        let ended = timeout(Duration::from_secs(30), read).await.expect("nobody holds the fifo any more");
         assert_eq!(ended.unwrap().unwrap(), b"");
     }
 

@@ -21,8 +21,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("xds", &["grpc", "net", "tls", "telemetry", "error"]),
     ("identity", &["grpc", "net", "tls", "error"]),
     ("iptables", &["net"]),
-    // HTTPS probes need a handshake.
-    ("probe", &["net", "tls"]),
+    // HTTPS probes need a handshake, and hosts may have names.
+    ("probe", &["net", "tls", "dns"]),
     // Keys of tokens, by URI.
     ("jwks", &["net", "tls", "dns"]),
     ("ca", &["tls", "error"]),

@@ -40,7 +40,11 @@ fn what_cannot_be_read_is_named() {
     let empty = folder(&[]);
     let empty_path = empty.path().to_str().expect("UTF-8");
     for (args, code, expected) in [
-        (&["proxy"][..], 255, "give --config PATH or --xds-dir DIR"),
+        (
+            &["proxy"][..],
+            1,
+            "neither --config nor --xds-dir is given: root certificate for discovery: ./var/run/secrets",
+        ),
         (&["proxy", "--config", "/no/such"], 255, "/no/such: No such file"),
         (&["proxy", "--config", "/no/such", "--node", "/no/node"], 255, "--node /no/node: No such file"),
         (&["explain", "--xds-dir", empty_path, "--port", "80"], 1, "none of cds, eds, lds"),

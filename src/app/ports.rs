@@ -47,9 +47,9 @@ impl Ports {
         let said = agent.map(|agent| agent.ports);
         let local = variables.get("METRICS_LOCALHOST_ACCESS_ONLY").is_some_and(|v| v == "true");
         Self {
-            admin: args.admin_port.or(said.map(|p| p.admin)).unwrap_or(15000),
-            metrics: args.metrics_port.or(said.map(|p| p.metrics)).unwrap_or(15090),
-            ready: args.status_port.or(said.map(|p| p.ready)).unwrap_or(15021),
+            admin: args.admin_port.or_else(|| said.map(|p| p.admin)).unwrap_or(15000),
+            metrics: args.metrics_port.or_else(|| said.map(|p| p.metrics)).unwrap_or(15090),
+            ready: args.status_port.or_else(|| said.map(|p| p.ready)).unwrap_or(15021),
             metrics_local: agent.map_or(local, |agent| agent.metrics_local),
             levels,
             started: SystemTime::now(),
