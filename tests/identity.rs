@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use bench_harness::istiod::{Answer, Ca, Istiod, Setup};
 use istio_proxy::drain::Drain;
-use istio_proxy::identity::{self, News, Output, Source};
+use istio_proxy::identity::{self, News, Output, Served, Socket, Source};
 use istio_proxy::proxy::Node;
 use istio_proxy::snapshot::{self, Snapshot};
 use istio_proxy::telemetry::{LogOptions, Logs, NodeLabels, Telemetry};
@@ -88,7 +88,12 @@ impl Workload {
         output: Option<Output>,
         anchors: Option<watch::Receiver<Vec<String>>>,
     ) -> watch::Receiver<News> {
-        identity::start(identity::Settings { source: Source::Ca(Box::new(self.said.clone())), output, anchors })
+        identity::start(identity::Settings {
+            source: Source::Ca(Box::new(self.said.clone())),
+            output,
+            serve: None,
+            anchors,
+        })
     }
 }
 
@@ -302,6 +307,40 @@ async fn the_mesh_moves_to_another_root_without_a_gap() {
 
 fn now() -> i64 {
     time::OffsetDateTime::now_utc().unix_timestamp()
+}
+
+// === The socket for programs beside us, and the one of somebody else ===
+
+/// What one side serves the other side takes: first secrets, renewal, and again after the server has been away.
+#[tokio::test]
+async fn a_socket_serves_and_is_followed() {
+    let istiod = Istiod::start(Setup::default()).await.expect("a control plane");
+    let (push, anchors) = watch::channel(Vec::new());
+    let workload = Workload::of(&istiod);
+    let path = workload.at("uds/socket");
+    let source = Source::Socket { path: path.clone(), node: vec![0x0a, 1, b'x'].into() };
+    let mut taken = identity::start(identity::Settings { source, output: None, serve: None, anchors: None });
+    until(&mut taken, |news| news.failures >= 1).await;
+
+    let mut issued = workload.start_with(None, Some(anchors));
+    let socket = Socket::open(&path, Served::Issued(issued.clone())).expect("a socket");
+    let mode = |path: &std::path::Path| std::fs::metadata(path).expect("there").permissions().mode() & 0o777;
+    assert_eq!((mode(&path), mode(path.parent().expect("a folder"))), (0o666, 0o750));
+    let first = until(&mut issued, |news| news.renewals == 1).await;
+    until(&mut taken, |news| news.secrets == first.secrets && news.trouble.is_none()).await;
+
+    let other = Ca::new("other").expect("keys");
+    push.send_replace(vec![other.root()]);
+    let second = until(&mut issued, |news| news.renewals == 2).await;
+    until(&mut taken, |news| news.secrets == second.secrets).await;
+
+    drop(socket);
+    assert!(!path.exists());
+    let _back = Socket::open(&path, Served::Issued(issued.clone())).expect("a socket");
+    push.send_replace(Vec::new());
+    let third = until(&mut issued, |news| news.renewals == 3).await;
+    until(&mut taken, |news| news.secrets == third.secrets).await;
+    assert_eq!(roots_of(&third).len(), 1);
 }
 
 // === Renewal under load ===

@@ -473,6 +473,7 @@ fn texts(inputs: &Inputs, hasher: &mut DefaultHasher) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::identity::News;
 
     const EMPTY: &[u8] = b"";
 
@@ -529,6 +530,57 @@ mod tests {
         std::fs::write(certs.path().join("key.pem"), "broken").unwrap();
         let kept = control.reload().unwrap();
         assert!(kept.rejects[0].resource == "Certificates" && kept.snapshot.secrets() == renewed.snapshot.secrets());
+    }
+
+    #[tokio::test]
+    async fn an_issued_certificate_is_waited_for_published_and_kept() {
+        let (dir, lists) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        std::fs::write(dir.path().join("lds.pb"), EMPTY).unwrap();
+        let revoked = lists.path().join("ca-crl.pem");
+        let (send, news) = channel::channel(News { trouble: Some("CA is away".to_owned()), ..News::default() });
+        let certs = Certs::Issued { news, revoked: Some(revoked.clone()) };
+        let control = Control::start(settings(dir.path(), certs)).unwrap();
+        let (publish, mut published) = channel::channel(control.published());
+        assert_eq!(published.borrow().unready(0), ["no workload certificate yet: CA is away"]);
+        let (_ask, asked) = mpsc::channel(1);
+        tokio::spawn(run(control, publish, asked));
+        let (root, _) = crate::ca::Root::generate("test").unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        root.sign_into(folder.path(), &"spiffe://td/ns/a/sa/b".parse().unwrap(), DAY).unwrap();
+        let secrets = Secrets::load(folder.path()).unwrap();
+        send.send_replace(News { secrets: secrets.clone(), ..News::default() });
+        let served = published.wait_for(|p| *p.snapshot.secrets() == secrets).await.unwrap().clone();
+        assert!(served.unready(0).is_empty());
+        // What keeps the next one away is told; the old one is served.
+        send.send_replace(News { secrets: secrets.clone(), trouble: Some("CA is gone".to_owned()), ..News::default() });
+        let told = published.wait_for(|p| p.rejects.iter().any(|r| r.to_string().contains("CA is gone"))).await;
+        let told = told.unwrap().clone();
+        assert!(*told.snapshot.secrets() == secrets && told.unready(0).is_empty());
+        // Lists that cannot be read let nothing in that is new.
+        std::fs::write(&revoked, "garbage").unwrap();
+        send.send_replace(News { secrets: secrets.clone(), ..News::default() });
+        let told = published.wait_for(|p| p.rejects.iter().any(|r| r.to_string().contains("ca-crl.pem"))).await;
+        assert!(*told.unwrap().snapshot.secrets() == secrets);
+    }
+
+    #[test]
+    fn mounted_files_are_read_and_followed() {
+        let (dir, certs) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        std::fs::write(dir.path().join("lds.pb"), EMPTY).unwrap();
+        let (root, _) = crate::ca::Root::generate("test").unwrap();
+        let sign = || root.sign_into(certs.path(), &"spiffe://td/ns/a/sa/b".parse().unwrap(), DAY).unwrap();
+        sign();
+        let at = |name: &str| certs.path().join(name);
+        let files = proxy_config::bootstrap::PemFiles {
+            chain: at("cert-chain.pem"),
+            key: at("key.pem"),
+            root: at("root-cert.pem"),
+        };
+        let mounted = Certs::Mounted { files, revoked: None };
+        let mut control = Control::start(settings(dir.path(), mounted)).unwrap();
+        assert!(control.published().snapshot.secrets().identity("default").is_some() && control.reload().is_none());
+        sign();
+        assert_eq!(control.reload().unwrap().version, 2);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Certificates signed on request: `CreateCertificate`, again and again for as long as the workload lives.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -14,7 +15,7 @@ use tonic_prost::ProstCodec;
 use super::files::Output;
 use super::key::{KeyForm, Request};
 use super::schedule::{self, Rotation};
-use super::{News, failed, now};
+use super::{News, Pem, failed, now};
 use crate::grpc::{Channel, Credentials, Server};
 use crate::tls::{Identity, Roots};
 
@@ -38,10 +39,13 @@ struct Client<'a> {
 struct Issued {
     identity: Identity,
     roots: Roots,
-    /// As they go into files.
+    /// As they go into files and to those who are served.
     key: String,
     chain: String,
+    /// The CA's own roots.
     bundle: String,
+    /// Pushed ones among them.
+    all: String,
 }
 
 /// Asks, publishes, waits, asks again. Does not end.
@@ -90,8 +94,10 @@ fn take(issued: Issued, output: Option<&Output>, news: &watch::Sender<News>) {
     }
     let until = issued.identity.info.first().map_or(0, |leaf| leaf.not_after);
     tracing::info!("workload certificate until {until} (seconds since 1970)");
+    let pem = Pem { chain: issued.chain.into(), key: issued.key.into(), roots: issued.all.into() };
     news.send_modify(|news| {
         news.secrets = news.secrets.with_identity("default", issued.identity).with_roots("ROOTCA", issued.roots);
+        news.pem = Some(Arc::new(pem));
         news.trouble = trouble;
         news.renewals += 1;
     });
@@ -207,9 +213,8 @@ fn read(response: &CertificateResponse, key: &str, anchors: &[String], now: i64)
     // What no peer would accept is not put in the place of what they do.
     identity.leads_to(&own, now).map_err(|e| anyhow!("the certificate does not lead to the root beside it: {e}"))?;
     let all = join(&[std::slice::from_ref(roots), anchors].concat());
-    let all =
-        if anchors.is_empty() { own } else { Roots::from_pem(all.as_bytes()).map_err(|e| anyhow!("roots: {e}"))? };
-    Ok(Issued { identity, roots: all, key: key.to_owned(), chain, bundle: roots.clone() })
+    let trusted = Roots::from_pem(all.as_bytes()).map_err(|e| anyhow!("roots: {e}"))?;
+    Ok(Issued { identity, roots: trusted, key: key.to_owned(), chain, bundle: roots.clone(), all })
 }
 
 /// PEM texts after one another, whether or not they end their last line.

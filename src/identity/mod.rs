@@ -16,14 +16,18 @@ mod files;
 mod key;
 mod schedule;
 mod sds;
+mod serve;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
+use bytes::Bytes;
 use proxy_config::bootstrap::{Bootstrap, Ca, Identity};
 use tokio::sync::watch;
 
 pub use files::Output;
 pub use schedule::Rotation;
+pub use serve::{Served, Socket};
 
 use crate::tls::Secrets;
 
@@ -39,6 +43,8 @@ pub struct Settings {
     pub source: Source,
     /// Where issued certificates are written to.
     pub output: Option<Output>,
+    /// Socket where programs beside us get the certificate too.
+    pub serve: Option<PathBuf>,
     /// Further roots that the mesh trusts, PEM, as they are pushed (`caCertificates`); a change renews the certificate.
     pub anchors: Option<watch::Receiver<Vec<String>>>,
 }
@@ -53,21 +59,24 @@ pub enum Source {
         /// The socket.
         path: PathBuf,
         /// Who asks.
-        node: bytes::Bytes,
+        node: Bytes,
     },
 }
 
 impl Settings {
-    /// What the environment asks for. `None`: the certificate is in files. `node` is an encoded Node.
-    pub fn of(bootstrap: &Bootstrap, node: bytes::Bytes) -> Option<Self> {
-        let source = match &bootstrap.identity {
-            Identity::Ca(ca) => Source::Ca(ca.clone()),
-            Identity::Socket => Source::Socket { path: bootstrap.identity_socket.clone(), node },
+    /// What the environment asks for. `None`: the certificate is in files.
+    /// `node` is an encoded Node.
+    pub fn of(bootstrap: &Bootstrap, node: Bytes) -> Option<Self> {
+        let socket = bootstrap.identity_socket.clone();
+        let (source, serve) = match &bootstrap.identity {
+            Identity::Ca(ca) => (Source::Ca(ca.clone()), Some(socket)),
+            // Somebody else serves there.
+            Identity::Socket => (Source::Socket { path: socket, node }, None),
             Identity::Files(_) => return None,
         };
         let mode = if bootstrap.output_for_all { FOR_ALL } else { PRIVATE };
         let output = bootstrap.output_certs.clone().map(|folder| Output { folder, mode });
-        Some(Self { source, output, anchors: None })
+        Some(Self { source, output, serve, anchors: None })
     }
 }
 
@@ -76,6 +85,8 @@ impl Settings {
 pub struct News {
     /// `default` and `ROOTCA`; empty before the first certificate.
     pub secrets: Secrets,
+    /// The same as texts, for those who are served them.
+    pub pem: Option<Arc<Pem>>,
     /// What keeps a newer certificate away, for people; `None`: all is well.
     pub trouble: Option<String>,
     /// Certificates that were taken so far.
@@ -84,11 +95,31 @@ pub struct News {
     pub failures: u64,
 }
 
-/// Begins to ask, in a task that ends with the last receiver.
+/// PEM texts.
+pub struct Pem {
+    chain: Bytes,
+    key: Bytes,
+    roots: Bytes,
+}
+
+impl std::fmt::Debug for Pem {
+    /// Keys do not belong into logs.
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Pem").finish_non_exhaustive()
+    }
+}
+
+/// Begins to ask, in a task that ends with the last receiver; one that serves others goes on as long as the process.
 pub fn start(settings: Settings) -> watch::Receiver<News> {
     let (sender, receiver) = watch::channel(News::default());
     tokio::spawn(async move {
         let closed = sender.clone();
+        let serve =
+            settings.serve.as_deref().map(|path| (path, Socket::open(path, Served::Issued(sender.subscribe()))));
+        if let Some((path, Err(e))) = &serve {
+            // The proxy itself does not need it.
+            tracing::error!("{}: certificates are not served: {e}", path.display());
+        }
         tokio::select! {
             () = run(settings, sender) => {}
             () = closed.closed() => {}
@@ -156,7 +187,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_ca_that_is_not_there_is_asked_again_and_told() {
         let said = settings("127.0.0.1:1", Some("/nowhere/root-cert.pem".into()));
-        let settings = Settings { source: Source::Ca(Box::new(said)), output: None, anchors: None };
+        let settings = Settings { source: Source::Ca(Box::new(said)), output: None, serve: None, anchors: None };
         let mut news = start(settings);
         let tried = news.wait_for(|news| news.failures >= 3).await.unwrap().clone();
         assert!(tried.secrets.identity("default").is_none() && tried.renewals == 0);

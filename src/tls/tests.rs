@@ -288,3 +288,112 @@ fn what_cannot_be_compiled_says_why() {
     unchecked.common.validation = None;
     assert!(ServerTls::compile(&unchecked, &secrets(&ours, &[SERVER]), "x").is_err());
 }
+
+/// A CA whose certificates have serial numbers, so that they can be revoked.
+struct Revoker {
+    pem: String,
+    issuer: rcgen::Issuer<'static, rcgen::KeyPair>,
+}
+
+impl Revoker {
+    fn new() -> Self {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let mut params = rcgen::CertificateParams::default();
+        params.distinguished_name.push(rcgen::DnType::CommonName, "revoker");
+        params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        params.key_usages = vec![rcgen::KeyUsagePurpose::KeyCertSign, rcgen::KeyUsagePurpose::CrlSign];
+        Self { pem: params.self_signed(&key).unwrap().pem(), issuer: rcgen::Issuer::new(params, key) }
+    }
+
+    fn secrets(&self, id: &str, serial: u64) -> Secrets {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let mut params = rcgen::CertificateParams::default();
+        params.subject_alt_names = vec![rcgen::SanType::URI(id.try_into().unwrap())];
+        params.serial_number = Some(serial.into());
+        params.use_authority_key_identifier_extension = true;
+        let chain = params.signed_by(&key, &self.issuer).unwrap().pem();
+        Secrets::new()
+            .with_identity("default", Identity::from_pem(chain.as_bytes(), key.serialize_pem().as_bytes()).unwrap())
+            .with_roots("ROOTCA", Roots::from_pem(self.pem.as_bytes()).unwrap())
+    }
+
+    fn list(&self, serials: &[u64], until: OffsetDateTime) -> String {
+        let revoked = |serial: &u64| rcgen::RevokedCertParams {
+            serial_number: (*serial).into(),
+            revocation_time: OffsetDateTime::now_utc() - DAY,
+            reason_code: None,
+            invalidity_date: None,
+        };
+        let params = rcgen::CertificateRevocationListParams {
+            this_update: OffsetDateTime::now_utc() - DAY * 2,
+            next_update: until,
+            crl_number: 1_u64.into(),
+            issuing_distribution_point: None,
+            revoked_certs: serials.iter().map(revoked).collect(),
+            key_identifier_method: rcgen::KeyIdMethod::Sha256,
+        };
+        params.signed_by(&self.issuer).unwrap().pem().unwrap()
+    }
+}
+
+fn with_list(secrets: &Secrets, list: &str) -> Secrets {
+    secrets.with_roots("ROOTCA", secrets.roots("ROOTCA").unwrap().with_revoked(list.as_bytes()).unwrap())
+}
+
+#[tokio::test]
+async fn revoked_clients_are_refused_resumed_sessions_included() {
+    let ca = Revoker::new();
+    let tomorrow = OffsetDateTime::now_utc() + DAY;
+    let server = ca.secrets(SERVER, 1);
+    let client = ClientTls::compile(&upstream(SERVER), &ca.secrets(CLIENT, 2)).unwrap();
+    let with = |list: &str| ServerTls::compile(&downstream(&["h2"]), &with_list(&server, list), "c").unwrap();
+    let (served, _) = shake(&with(&ca.list(&[7], tomorrow)), &client, &["h2"]).await;
+    assert_eq!(served.unwrap().1.uri_sans, [CLIENT]);
+    let (refused, told) = shake(&with(&ca.list(&[7, 2], tomorrow)), &client, &["h2"]).await;
+    assert!(matches!(&refused, Err(TlsError::Certificate(why)) if why.contains("evoked")), "{refused:?}");
+    assert!(told.is_err());
+    // A list that is out of date, or one of somebody else, says nothing about anybody.
+    let yesterday = OffsetDateTime::now_utc() - DAY;
+    let (refused, _) = shake(&with(&ca.list(&[], yesterday)), &client, &["h2"]).await;
+    assert!(matches!(refused, Err(TlsError::Certificate(_))));
+    let (refused, _) = shake(&with(&Revoker::new().list(&[], tomorrow)), &client, &["h2"]).await;
+    assert!(matches!(refused, Err(TlsError::Certificate(_))));
+    assert!(server.roots("ROOTCA").unwrap().with_revoked(b"").unwrap_err().contains("no revocation list"));
+}
+
+#[test]
+fn lists_are_part_of_what_a_context_is_made_of() {
+    let ca = Revoker::new();
+    let plain = ca.secrets(SERVER, 1);
+    let tomorrow = OffsetDateTime::now_utc() + DAY;
+    let (one, two) = (with_list(&plain, &ca.list(&[1], tomorrow)), with_list(&plain, &ca.list(&[2], tomorrow)));
+    assert!(plain != one && one != two);
+    // Taken again from the same list it is the same, as on every look at the files.
+    assert!(with_list(&one, &ca.list(&[2], tomorrow)) != one);
+    let again = ca.list(&[1], tomorrow);
+    assert!(with_list(&plain, &again) == with_list(&with_list(&plain, &again), &again));
+}
+
+/// One domain's CA must not speak for another domain.
+#[tokio::test]
+async fn trust_domains_have_their_own_roots() {
+    let (here, there) = (root(), root());
+    let stranger = "spiffe://there.test/ns/a/sa/b";
+    let bundles = [("cluster.local", here.certificate().as_bytes()), ("there.test", there.certificate().as_bytes())];
+    let server = secrets(&here, &[SERVER]).with_roots("ROOTCA", Roots::of_domains(bundles).unwrap());
+    let anybody = DownstreamTls { common: common(Vec::new(), &["h2"]), require_client_certificate: true };
+    let server = ServerTls::compile(&anybody, &server, "c").unwrap();
+    let trusting = |root: &Root, id: &str| {
+        let own = secrets(root, &[id]).with_roots("ROOTCA", Roots::from_pem(here.certificate().as_bytes()).unwrap());
+        ClientTls::compile(&upstream(SERVER), &own).unwrap()
+    };
+    for (root, id, accepted) in
+        [(&here, CLIENT, true), (&there, stranger, true), (&there, CLIENT, false), (&here, stranger, false)]
+    {
+        let (served, _) = shake(&server, &trusting(root, id), &["h2"]).await;
+        assert_eq!(served.is_ok(), accepted, "{id}: {served:?}");
+    }
+    let (served, _) = shake(&server, &trusting(&here, "spiffe://elsewhere.test/x"), &["h2"]).await;
+    assert!(matches!(served, Err(TlsError::Certificate(_))));
+    assert!(Roots::of_domains([]).is_err());
+}
