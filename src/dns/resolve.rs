@@ -2,6 +2,7 @@
 //!
 //! `getaddrinfo` is out of the question: in a static binary it needs the shared libraries of the machine that built it.
 
+use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -17,8 +18,8 @@ use tokio::time::timeout;
 /// Longest wait for an answer, whatever `/etc/resolv.conf` says of timeouts, attempts and search domains.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// Whose change means that the resolver has to be made anew.
-const FILES: [&str; 2] = ["/etc/resolv.conf", "/etc/hosts"];
+const RESOLV_CONF: &str = "/etc/resolv.conf";
+const HOSTS: &str = "/etc/hosts";
 
 /// Which addresses of a name are wanted (Envoy's `DnsLookupFamily`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, PartialOrd, Ord)]
@@ -47,6 +48,20 @@ impl Family {
             _ => Self::Auto,
         }
     }
+
+    /// Those of the addresses that are wanted, in order.
+    fn of(self, all: &[IpAddr]) -> Vec<IpAddr> {
+        let (v4, v6): (Vec<IpAddr>, Vec<IpAddr>) = all.iter().partition(|ip| ip.is_ipv4());
+        match self {
+            Self::V4Only => v4,
+            Self::V6Only => v6,
+            Self::Auto if v6.is_empty() => v4,
+            Self::Auto => v6,
+            Self::V4Preferred if v4.is_empty() => v6,
+            Self::V4Preferred => v4,
+            Self::All => all.to_vec(),
+        }
+    }
 }
 
 /// What a name means at the moment.
@@ -73,7 +88,15 @@ pub struct Error {
 pub struct Resolver {
     /// Resolvers to ask; empty: the host's.
     servers: Arc<[SocketAddr]>,
-    current: Arc<Mutex<Option<(Stamps, TokioResolver)>>>,
+    /// Whose names nobody else is asked for; none with given resolvers.
+    hosts: Option<Arc<Path>>,
+    current: Arc<Mutex<Option<(Stamps, Arc<Current>)>>>,
+}
+
+/// What the files said when they were read last.
+struct Current {
+    hosts: HashMap<String, Vec<IpAddr>>,
+    resolver: TokioResolver,
 }
 
 impl std::fmt::Debug for Resolver {
@@ -83,17 +106,23 @@ impl std::fmt::Debug for Resolver {
 }
 
 /// When and how large the files were that a resolver was made from.
-type Stamps = [Option<(SystemTime, u64)>; FILES.len()];
+type Stamps = [Option<(SystemTime, u64)>; 2];
 
 impl Resolver {
     /// With the host's own files. They are looked at again when they change: a container may start before its network.
     pub fn system() -> Self {
-        Self { servers: Arc::from([]), current: Arc::default() }
+        Self { servers: Arc::from([]), hosts: Some(Path::new(HOSTS).into()), current: Arc::default() }
     }
 
     /// With these resolvers and without a search list.
     pub fn with_servers(servers: &[SocketAddr]) -> Self {
-        Self { servers: servers.into(), current: Arc::default() }
+        Self { servers: servers.into(), hosts: None, current: Arc::default() }
+    }
+
+    /// With names of this file, in the form of hosts(5), before all resolvers.
+    #[must_use]
+    pub fn with_hosts(self, file: &Path) -> Self {
+        Self { hosts: Some(file.into()), current: Arc::default(), ..self }
     }
 
     /// The addresses of a name or literal address, within ten seconds. A name that does not exist, or has no address of
@@ -106,26 +135,48 @@ impl Resolver {
             return Ok(Answer { addresses: vec![ip], ttl: None });
         }
         let failed = |why: String| Error { host: host.to_owned(), why };
-        let resolver = self.current().map_err(|e| failed(e.to_string()))?;
-        match timeout(LIMIT, ask(&resolver, host, family)).await {
+        let current = self.current().map_err(|e| failed(e.to_string()))?;
+        if let Some(known) = current.hosts.get(&host.trim_end_matches('.').to_ascii_lowercase()) {
+            // The other family is not asked for elsewhere, as with getaddrinfo: who wrote the line means it.
+            return Ok(Answer { addresses: family.of(known), ttl: None });
+        }
+        match timeout(LIMIT, ask(&current.resolver, host, family)).await {
             Ok(answer) => answer.map_err(|e| failed(e.to_string())),
             Err(_) => Err(failed(format!("no answer within {LIMIT:?}"))),
         }
     }
 
-    fn current(&self) -> Result<TokioResolver, NetError> {
-        let stamps = FILES.map(|file| stamp(Path::new(file)));
+    fn current(&self) -> Result<Arc<Current>, NetError> {
+        let stamps = [stamp(Path::new(RESOLV_CONF)), self.hosts.as_deref().and_then(stamp)];
         // Whoever panicked with the lock held left a whole value behind: it is only replaced.
         let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
         match &*current {
-            Some((of, resolver)) if *of == stamps => Ok(resolver.clone()),
+            Some((of, known)) if *of == stamps => Ok(Arc::clone(known)),
             _ => {
-                let resolver = build(&self.servers)?;
-                *current = Some((stamps, resolver.clone()));
-                Ok(resolver)
+                let hosts = self.hosts.as_deref().map(read_hosts).unwrap_or_default();
+                let fresh = Arc::new(Current { hosts, resolver: build(&self.servers)? });
+                *current = Some((stamps, Arc::clone(&fresh)));
+                Ok(fresh)
             }
         }
     }
+}
+
+/// Names of a file in the form of hosts(5); one that cannot be read has none.
+fn read_hosts(file: &Path) -> HashMap<String, Vec<IpAddr>> {
+    let text = std::fs::read_to_string(file).unwrap_or_default();
+    let mut hosts: HashMap<String, Vec<IpAddr>> = HashMap::new();
+    for line in text.lines() {
+        let mut words = line.split('#').next().unwrap_or_default().split_ascii_whitespace();
+        let Some(address) = words.next().and_then(|word| word.parse().ok()) else { continue };
+        for name in words {
+            let known = hosts.entry(name.to_ascii_lowercase()).or_default();
+            if !known.contains(&address) {
+                known.push(address);
+            }
+        }
+    }
+    hosts
 }
 
 fn stamp(file: &Path) -> Option<(SystemTime, u64)> {
@@ -143,7 +194,7 @@ fn build(servers: &[SocketAddr]) -> Result<TokioResolver, NetError> {
 /// The host's settings; where `/etc/resolv.conf` is missing or names nobody, the machine itself is asked (resolv.conf(5)).
 fn host_settings() -> (ResolverConfig, ResolverOpts) {
     system_conf::read_system_conf().unwrap_or_else(|e| {
-        tracing::warn!("{}: {e}; names are asked of this machine", FILES[0]);
+        tracing::warn!("{RESOLV_CONF}: {e}; names are asked of this machine");
         settings(&[SocketAddr::from((Ipv4Addr::LOCALHOST, 53))])
     })
 }
@@ -257,6 +308,24 @@ mod tests {
     async fn the_host_knows_itself() {
         let found = Resolver::system().addresses("localhost", Family::V4Only).await.unwrap();
         assert_eq!(found, answer(&["127.0.0.1"], None));
+    }
+
+    #[tokio::test]
+    async fn a_name_of_the_hosts_file_is_asked_of_nobody() {
+        // Bound and never read: whoever asks waits.
+        let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "# a VM's\n10.0.0.9 istiod.istio-system.svc istiod # here\nfd00::9 six\nbad x\n")
+            .unwrap();
+        let resolver = Resolver::with_servers(&[silent.local_addr().unwrap()]).with_hosts(file.path());
+        for (host, family, expected) in [
+            ("istiod.istio-system.svc", Family::Auto, answer(&["10.0.0.9"], None)),
+            ("Istiod.", Family::All, answer(&["10.0.0.9"], None)),
+            ("istiod", Family::V6Only, answer(&[], None)),
+            ("six", Family::V4Preferred, answer(&["fd00::9"], None)),
+        ] {
+            assert_eq!(resolver.addresses(host, family).await.unwrap(), expected, "{host} {family:?}");
+        }
     }
 
     #[tokio::test(start_paused = true)]
