@@ -32,8 +32,11 @@ const LAYERS: &[(&str, &[&str])] = &[
         &["xds", "identity", "grpc", "dns", "jwks", "probe", "snapshot", "tls", "telemetry", "ca", "drain", "error"],
     ),
     ("explain", &["control", "upstream", "snapshot", "tls", "telemetry", "error"]),
-    // `/explain` answers for the configuration that is served.
-    ("admin", &["control", "explain", "worker", "upstream", "snapshot", "tls", "telemetry", "drain", "net", "error"]),
+    // `/explain` answers for the configuration that is served; `/config_dump` shows what the stream received.
+    (
+        "admin",
+        &["control", "explain", "worker", "upstream", "xds", "snapshot", "tls", "telemetry", "drain", "net", "error"],
+    ),
 ];
 
 /// Crate and the only module of the product that may name it.

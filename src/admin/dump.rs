@@ -1,12 +1,11 @@
 //! What is configured and what runs, for people and tools.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
-use proxy_config::{Model, Reject};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -15,19 +14,6 @@ use crate::control::Published;
 use crate::drain::Phase;
 use crate::snapshot::Snapshot;
 use crate::tls::CertInfo;
-
-/// `/config_dump`: the model as it was understood, and everything that is not served as said.
-#[derive(Serialize)]
-struct Dump<'a> {
-    version: u64,
-    proxy: Whose<'a>,
-    rejects: &'a [Reject],
-    /// Last errors by the object that they are about.
-    errors: BTreeMap<&'a str, Vec<String>>,
-    /// Accepted without effect.
-    inert: &'a BTreeSet<String>,
-    model: &'a Model,
-}
 
 /// Whose configuration it is. Node metadata is not repeated: it may hold what nobody meant to show.
 #[derive(Serialize)]
@@ -50,22 +36,6 @@ fn whose(published: &Published) -> Whose<'_> {
         service_account: &proxy.service_account,
         cluster_id: &proxy.cluster_id,
     }
-}
-
-/// The dump, indented. Costs as many bytes as it shows.
-pub(super) fn config(published: &Published) -> Result<Vec<u8>, serde_json::Error> {
-    let mut errors: BTreeMap<&str, Vec<String>> = BTreeMap::new();
-    for reject in &*published.rejects {
-        errors.entry(&reject.resource).or_default().push(reject.to_string());
-    }
-    serde_json::to_vec_pretty(&Dump {
-        version: published.version,
-        proxy: whose(published),
-        rejects: &published.rejects,
-        errors,
-        inert: &published.model.inert,
-        model: &published.model,
-    })
 }
 
 fn addresses(snapshot: &Snapshot) -> impl Iterator<Item = (&str, SocketAddr)> {
@@ -122,7 +92,7 @@ fn details(name: &str, chain: &[CertInfo], now: i64) -> Vec<Value> {
     chain.iter().map(detail).collect()
 }
 
-fn rfc3339(seconds: i64) -> String {
+pub(super) fn rfc3339(seconds: i64) -> String {
     let time = time::OffsetDateTime::from_unix_timestamp(seconds).ok();
     time.and_then(|t| t.format(&time::format_description::well_known::Rfc3339).ok()).unwrap_or_default()
 }

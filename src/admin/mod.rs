@@ -11,6 +11,7 @@
 //! ```
 
 mod clusters;
+mod config_dump;
 mod dump;
 mod ready;
 mod server;

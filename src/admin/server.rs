@@ -18,6 +18,7 @@ use regex::Regex;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
+use super::config_dump::{Ask, config_dump};
 use super::{Admin, clusters, dump, ready, stats};
 use crate::drain::Phase;
 use crate::explain;
@@ -45,7 +46,8 @@ const JSON: &str = "application/json";
 const HELP: &str = "\
 /certs: certificates and roots
 /clusters: hosts with their health and totals (?format=json)
-/config_dump: the configuration as understood, with everything that is not served as said
+/config_dump: the configuration as received, else as understood, with everything that is not served as said
+    (?mask=FIELD,..., ?include_eds)
 /debug/workers: what each worker carries
 /drain_listeners: say goodbye: new connections are refused (POST; ?graceful: only said, not done yet)
 /explain: what would happen to calls, one JSON object a line (POST)
@@ -166,10 +168,10 @@ fn look(admin: &Admin, path: &str, query: &Query<'_>) -> Answer {
         "/stats/prometheus" => prometheus(admin, query),
         "/clusters" if as_json => json(&clusters::json(&published.snapshot)),
         "/clusters" => text(StatusCode::OK, clusters::text(&published.snapshot)),
-        "/config_dump" => match dump::config(&published) {
-            Ok(dump) => body(JSON, dump),
-            Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error}\n")),
-        },
+        "/config_dump" => {
+            let ask = Ask { mask: query.get("mask"), include_eds: query.get("include_eds").is_some() };
+            json(&config_dump(&published, ask))
+        }
         "/listeners" if as_json => json(&dump::listeners_json(&published.snapshot)),
         "/listeners" => text(StatusCode::OK, dump::listeners_text(&published.snapshot)),
         "/certs" => json(&dump::certs(&published.snapshot)),
@@ -220,7 +222,11 @@ async fn explain(admin: &Admin, calls: Incoming) -> Answer {
 fn readiness(admin: &Admin, good: &str) -> Answer {
     let reasons = ready::reasons(admin);
     if reasons.is_empty() {
-        return text(StatusCode::OK, good.to_owned());
+        let kept = admin.now().kept.map(|written| {
+            let seconds = written.elapsed().map_or(0, |age| age.as_secs());
+            format!("no control plane yet: the last good configuration, {seconds} s old, is served\n")
+        });
+        return text(StatusCode::OK, good.to_owned() + &kept.unwrap_or_default());
     }
     text(StatusCode::SERVICE_UNAVAILABLE, reasons.join("\n") + "\n")
 }

@@ -1,5 +1,6 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use bytes::Bytes;
 use proxy_config::model::{
     Address, CircuitBreakers, Cluster, ClusterKind, Endpoint, Endpoints, HealthStatus, LbPolicy, LocalityEndpoints,
     Transport,
@@ -18,6 +19,7 @@ use crate::snapshot;
 use crate::telemetry::{LogOptions, Logs, NodeLabels};
 use crate::tls::Secrets;
 use crate::worker::{Settings, Workers};
+use crate::xds::{Kind, Received, Refusal, Version};
 
 struct Fixture {
     admin: Admin,
@@ -274,11 +276,46 @@ async fn the_dump_lists_what_is_not_served_as_said() {
     let Fixture { admin, publish, _workers } = fixture();
     publish.send_replace(published());
     let dump = get_json(&admin, "/config_dump").await;
-    assert_eq!((&dump["version"], &dump["proxy"]["namespace"]), (&1.into(), &"shop".into()));
-    assert_eq!(dump["rejects"][0]["reason"], "not done");
-    assert_eq!(dump["errors"]["VirtualService a/b"][0], "x.yaml:3:1: VirtualService a/b: spec.http[0]: not done");
-    assert_eq!(dump["inert"][0], "WasmPlugin a/b");
-    assert_eq!(dump["model"]["clusters"]["outbound|80||a.b"]["name"], "outbound|80||a.b");
+    let own = &dump["istio_proxy"];
+    assert_eq!(own["version"], 1);
+    assert_eq!(own["rejects"][0]["reason"], "not done");
+    assert_eq!(own["errors"]["VirtualService a/b"][0], "x.yaml:3:1: VirtualService a/b: spec.http[0]: not done");
+    assert_eq!(own["inert"][0], "WasmPlugin a/b");
+    assert_eq!(own["model"]["clusters"]["outbound|80||a.b"]["name"], "outbound|80||a.b");
+}
+
+/// The sections of a dump by type.
+fn sections(dump: &Value) -> Vec<&str> {
+    let configs = dump["configs"].as_array().unwrap().iter();
+    configs.map(|config| config["@type"].as_str().unwrap().rsplit('.').next().unwrap()).collect()
+}
+
+#[tokio::test]
+async fn the_dump_shows_what_was_received() {
+    let Fixture { admin, publish, _workers } = fixture();
+    let received = Arc::new(Received::default());
+    let bytes = Bytes::from_static(b"\x0a\x03web\x2a\x02x9\x98\x06\x01");
+    let version = Version { bytes, push: "7".into(), at: SystemTime::UNIX_EPOCH };
+    received.accept(Kind::Cluster, &"web".into(), version.clone());
+    received.refuse(Kind::Listener, &"lost".into(), Refusal { version, why: "no filter chain".to_owned() });
+    publish.send_replace(Arc::new(Published {
+        received,
+        ..Published::nothing(Arc::new(Proxy { name: "w".to_owned(), namespace: "shop".to_owned(), ..Proxy::default() }))
+    }));
+    let dump = get_json(&admin, "/config_dump").await;
+    let kinds = ["Bootstrap", "Clusters", "Listeners", "Routes", "Ecds", "Secrets"].map(|k| format!("{k}ConfigDump"));
+    assert_eq!(sections(&dump), kinds);
+    assert_eq!(dump["configs"][0]["bootstrap"]["node"]["id"], "sidecar~~w.shop~");
+    let cluster = &dump["configs"][1]["dynamic_active_clusters"][0];
+    assert_eq!(cluster["cluster"]["name"], "web");
+    assert_eq!(cluster["version_info"], "7");
+    let listener = &dump["configs"][2]["dynamic_listeners"][0];
+    assert_eq!(listener["error_state"]["details"], "no filter chain");
+    let masked = get_json(&admin, "/config_dump?mask=dynamic_active_clusters,static_clusters").await;
+    assert_eq!(sections(&masked), ["ClustersConfigDump"]);
+    assert!(masked["configs"][0].get("dynamic_warming_clusters").is_none());
+    let with_endpoints = get_json(&admin, "/config_dump?include_eds=true").await;
+    assert!(sections(&with_endpoints).contains(&"EndpointsConfigDump"));
 }
 
 #[tokio::test]

@@ -1,14 +1,14 @@
 //! Keys and certificate requests, in the agent's forms.
 
 use anyhow::{Context, Result, anyhow, bail};
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
 use proxy_config::bootstrap::KeyKind;
 use rcgen::string::{Ia5String, PrintableString};
 use rcgen::{
     CertificateParams, CustomExtension, DistinguishedName, DnType, DnValue, KeyPair, PKCS_ECDSA_P256_SHA256,
     PKCS_ECDSA_P384_SHA384, PKCS_RSA_SHA256, RsaKeySize,
 };
+
+use crate::tls::pem;
 
 /// Object identifier of subjectAltName.
 const SAN: [u64; 4] = [2, 5, 29, 17];
@@ -127,13 +127,6 @@ fn element(bytes: &[u8]) -> Option<(u8, &[u8], &[u8])> {
     };
     let (content, rest) = rest.split_at_checked(length)?;
     Some((tag, content, rest))
-}
-
-fn pem(label: &str, bytes: &[u8]) -> String {
-    const LINE: usize = 64;
-    let text = STANDARD.encode(bytes);
-    let lines: Vec<&str> = text.as_bytes().chunks(LINE).filter_map(|line| std::str::from_utf8(line).ok()).collect();
-    format!("-----BEGIN {label}-----\n{}\n-----END {label}-----\n", lines.join("\n"))
 }
 
 #[cfg(test)]

@@ -6,6 +6,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, TrustAnchor};
@@ -51,6 +53,8 @@ pub struct Roots {
     pub(super) by_domain: BTreeMap<String, Vec<TrustAnchor<'static>>>,
     /// Where there are any, every certificate of a chain must be on a list that its issuer signed, and not revoked by it.
     pub(super) revoked: Arc<[CertRevocationList<'static>]>,
+    /// As read: to be shown.
+    all: Vec<CertificateDer<'static>>,
     pub(super) digest: String,
     /// What they say.
     pub info: Vec<CertInfo>,
@@ -114,6 +118,21 @@ impl Identity {
         verify::leads_to(leaf, above, roots, Duration::from_secs(at)).map_err(|e| e.to_string())
     }
 
+    /// The chain as PEM, leaf first.
+    pub fn pem(&self) -> String {
+        all_pem(&self.chain)
+    }
+
+    /// The private key as PEM. For files that nobody else may read.
+    pub fn key_pem(&self) -> String {
+        let label = match &self.key {
+            PrivateKeyDer::Pkcs1(_) => "RSA PRIVATE KEY",
+            PrivateKeyDer::Sec1(_) => "EC PRIVATE KEY",
+            _ => "PRIVATE KEY",
+        };
+        pem(label, self.key.secret_der())
+    }
+
     /// The same from two files.
     pub fn from_files(chain: &Path, key: &Path) -> Result<Self, String> {
         Self::from_pem(&read(chain)?, &read(key)?).map_err(|e| format!("{}: {e}", chain.display()))
@@ -131,7 +150,7 @@ impl Roots {
         }
         let anchors = anchors(&all)?;
         let info = all.iter().map(CertInfo::read).collect::<Result<_, _>>()?;
-        Ok(Self { anchors, by_domain: BTreeMap::new(), revoked: Arc::from([]), digest: digest(&all), info })
+        Ok(Self { anchors, by_domain: BTreeMap::new(), revoked: Arc::from([]), digest: digest(&all), info, all })
     }
 
     /// Roots for each trust domain, PEM; a domain's certificates must lead to its own.
@@ -148,7 +167,7 @@ impl Roots {
         let names: Vec<&str> = by_domain.keys().map(String::as_str).collect();
         let digest = format!("{} {}", names.join(","), digest(&all));
         let info = all.iter().map(CertInfo::read).collect::<Result<_, _>>()?;
-        Ok(Self { anchors: anchors(&all)?, by_domain, revoked: Arc::from([]), digest, info })
+        Ok(Self { anchors: anchors(&all)?, by_domain, revoked: Arc::from([]), digest, info, all })
     }
 
     /// The same with certificate revocation lists, PEM.
@@ -168,6 +187,16 @@ impl Roots {
     /// The same from a file.
     pub fn from_file(path: &Path) -> Result<Self, String> {
         Self::from_pem(&read(path)?).map_err(|e| format!("{}: {e}", path.display()))
+    }
+
+    /// The certificates as PEM.
+    pub fn pem(&self) -> String {
+        all_pem(&self.all)
+    }
+
+    /// Whether its certificates are all there is to it: no roots by trust domain, nothing revoked.
+    pub fn is_plain(&self) -> bool {
+        self.by_domain.is_empty() && self.revoked.is_empty()
     }
 
     /// The operating system's.
@@ -324,6 +353,18 @@ impl fmt::Debug for Roots {
 
 fn read(path: &Path) -> Result<Vec<u8>, String> {
     std::fs::read(path).map_err(|e| format!("{}: {e}", path.display()))
+}
+
+fn all_pem(certificates: &[CertificateDer<'_>]) -> String {
+    certificates.iter().map(|certificate| pem("CERTIFICATE", certificate)).collect()
+}
+
+/// Bytes under a label as PEM (RFC 7468).
+pub fn pem(label: &str, bytes: &[u8]) -> String {
+    const LINE: usize = 64;
+    let text = BASE64.encode(bytes);
+    let lines: Vec<&str> = text.as_bytes().chunks(LINE).filter_map(|line| std::str::from_utf8(line).ok()).collect();
+    format!("-----BEGIN {label}-----\n{}\n-----END {label}-----\n", lines.join("\n"))
 }
 
 fn certificates(pem: &[u8]) -> Result<Vec<CertificateDer<'static>>, String> {

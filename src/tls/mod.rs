@@ -21,8 +21,8 @@ mod verify;
 #[cfg(test)]
 mod tests;
 
-pub use certs::{CertInfo, Identity, Roots, Secrets};
+pub use certs::{CertInfo, Identity, Roots, Secrets, pem};
 pub use config::{ClientTls, ServerTls};
 pub use handshake::{HANDSHAKE_LIMIT, TlsError, accept, connect};
-pub use peer::Peer;
+pub use peer::{Peer, hex_sha256};
 pub use spiffe::SpiffeId;

@@ -3,13 +3,12 @@
 use std::fmt::Write;
 use std::net::IpAddr;
 
-use base64::Engine;
 use rustls::pki_types::CertificateDer;
 use x509_parser::extensions::GeneralName;
 use x509_parser::objects::{oid_registry, oid2abbrev};
 use x509_parser::prelude::{FromDer, X509Certificate, X509Name};
 
-use super::SpiffeId;
+use super::{SpiffeId, pem};
 
 /// The authenticated peer of a connection. Without a certificate the identity fields are empty.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -80,23 +79,13 @@ impl Peer {
 
     /// The leaf certificate as PEM, made on demand; `None` without one.
     pub fn pem(&self) -> Option<String> {
-        const LINE: usize = 64;
-        if self.leaf.is_empty() {
-            return None;
-        }
-        let text = base64::engine::general_purpose::STANDARD.encode(&self.leaf);
-        let mut pem = String::with_capacity(text.len() + text.len() / LINE + 64);
-        pem.push_str("-----BEGIN CERTIFICATE-----\n");
-        let mut rest = &text[..];
-        while !rest.is_empty() {
-            let (line, after) = rest.split_at(rest.len().min(LINE));
-            pem.push_str(line);
-            pem.push('\n');
-            rest = after;
-        }
-        pem.push_str("-----END CERTIFICATE-----\n");
-        Some(pem)
+        (!self.leaf.is_empty()).then(|| pem("CERTIFICATE", &self.leaf))
     }
+}
+
+/// SHA-256 in lower-case hex.
+pub fn hex_sha256(bytes: &[u8]) -> String {
+    hex(sha256(bytes).as_ref())
 }
 
 /// SHA-256 by the TLS provider, so that no second crypto library is needed.

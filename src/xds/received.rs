@@ -51,17 +51,22 @@ impl Received {
         self.lock()[kind.index()].clone()
     }
 
+    /// Nothing came from a control plane.
+    pub fn is_empty(&self) -> bool {
+        self.lock().iter().all(BTreeMap::is_empty)
+    }
+
     /// One record.
     pub fn get(&self, kind: Kind, name: &str) -> Option<Record> {
         self.lock()[kind.index()].get(name).cloned()
     }
 
-    pub(super) fn accept(&self, kind: Kind, name: &Name, version: Version) {
+    pub(crate) fn accept(&self, kind: Kind, name: &Name, version: Version) {
         let record = Record { accepted: Some(version), refused: None };
         self.lock()[kind.index()].insert(Arc::clone(name), record);
     }
 
-    pub(super) fn refuse(&self, kind: Kind, name: &Name, refusal: Refusal) {
+    pub(crate) fn refuse(&self, kind: Kind, name: &Name, refusal: Refusal) {
         let mut kinds = self.lock();
         let record = kinds[kind.index()].entry(Arc::clone(name));
         record.or_insert(Record { accepted: None, refused: None }).refused = Some(refusal);
