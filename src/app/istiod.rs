@@ -17,10 +17,13 @@ use crate::xds::{self, Health};
 /// Revocation lists of the mesh's CAs, where istiod's chart mounts them.
 const REVOKED: &str = "/var/run/secrets/istio/crl/ca-crl.pem";
 
+/// Folder for what was served last, under the proxy's own.
+const LAST_GOOD: &str = "last-good";
+
 /// Begins to ask istiod for configuration and for a certificate. Needs a runtime.
 ///
 /// # Errors
-/// A probe that asks nothing; mounted certificates that cannot be read.
+/// A probe that asks nothing; mounted certificates that cannot be read; no thread.
 pub(super) fn begin(agent: &Bootstrap) -> Result<(Control, Option<Reports>)> {
     let (sender, health) = watch::channel(None);
     let reports = Reports::of(agent, sender)?;
@@ -38,7 +41,9 @@ pub(super) fn begin(agent: &Bootstrap) -> Result<(Control, Option<Reports>)> {
         certs,
         publish_health: None,
     };
-    Ok((Control::start(settings)?, reports))
+    let mut control = Control::start(settings)?;
+    control.keep(&agent.config_path().join(LAST_GOOD), &agent.node.id())?;
+    Ok((control, reports))
 }
 
 /// How the application is asked, and where it is.

@@ -53,7 +53,7 @@ fn labels(proxy: &Proxy) -> NodeLabels {
 
 /// Puts a publication into the metrics.
 pub(super) fn published(news: &Published, telemetry: &Telemetry) {
-    telemetry.process.published(news.version);
+    telemetry.process.published(news.version, news.kept.is_some());
     let mut rejected = BTreeMap::new();
     for reject in news.rejects.iter().filter(|reject| reject.severity != Severity::Warning) {
         count(&reject.resource, &mut rejected);

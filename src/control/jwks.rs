@@ -13,6 +13,7 @@ use proxy_config::{Model, Name, Reject, Severity};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
+use super::last_good::Keys;
 use crate::dns::Resolver;
 use crate::jwks::{self, Ask, Door, SYSTEM_ROOTS, Way};
 use crate::snapshot::{Snapshot, Transport, check_jwks};
@@ -35,6 +36,8 @@ type Source = (Name, Name);
 pub(super) struct Store {
     sources: BTreeMap<Source, State>,
     floor: Duration,
+    /// Keys of an earlier life, for sources that are not known yet.
+    kept: BTreeMap<Source, Arc<str>>,
 }
 
 struct State {
@@ -50,7 +53,7 @@ struct State {
 
 impl Default for Store {
     fn default() -> Self {
-        Self { sources: BTreeMap::new(), floor: FLOOR }
+        Self { sources: BTreeMap::new(), floor: FLOOR, kept: BTreeMap::new() }
     }
 }
 
@@ -68,7 +71,7 @@ impl Store {
         self.sources.retain(|source, _| wanted.contains_key(source));
         for (source, (limit, refresh)) in wanted {
             let fresh = State {
-                keys: None,
+                keys: self.kept.remove(&source),
                 trouble: None,
                 limit,
                 refresh,
@@ -210,6 +213,20 @@ impl Fetches {
     pub(super) fn fill(&mut self, model: &Arc<Model>) -> (Arc<Model>, Vec<Reject>) {
         self.store.follow(model, Instant::now());
         (self.store.fill(model), self.store.rejects().collect())
+    }
+
+    /// All keys that are known.
+    pub(super) fn known(&self) -> Keys {
+        let of = |(source, state): (&Source, &State)| {
+            let keys = state.keys.as_ref()?;
+            Some((Arc::clone(&source.0), Arc::clone(&source.1), Arc::clone(keys)))
+        };
+        self.store.sources.iter().filter_map(of).collect()
+    }
+
+    /// Keys that were good before this process began; they serve until their server is asked.
+    pub(super) fn restore(&mut self, keys: Keys) {
+        self.store.kept.extend(keys.into_iter().map(|(uri, cluster, keys)| ((uri, cluster), keys)));
     }
 
     /// Waits until keys, or what is known of their servers, have changed. Cancel-safe.

@@ -13,6 +13,7 @@ pub mod heal;
 pub mod health;
 mod identity;
 mod jwks;
+pub mod last_good;
 mod names;
 mod stream;
 mod watch;
@@ -86,6 +87,8 @@ pub struct Published {
     pub received: Arc<xds::Received>,
     /// What is missing of the workload's certificate; `None`: nothing, or none is needed.
     pub awaited: Option<String>,
+    /// When an earlier process wrote what is served, while no control plane has spoken yet; see [`last_good`].
+    pub kept: Option<SystemTime>,
 }
 
 impl Published {
@@ -100,6 +103,7 @@ impl Published {
             health: None,
             received: Arc::default(),
             awaited: None,
+            kept: None,
         }
     }
 
@@ -155,6 +159,10 @@ pub struct Control {
     streamed: Shared<BTreeMap<Name, Arc<Secret>>>,
     /// Keys of tokens that are fetched.
     keys: jwks::Fetches,
+    /// What is served is kept here for the next process.
+    keeper: Option<last_good::Keeper>,
+    /// When the model was written, while it is an earlier process's.
+    kept: Option<SystemTime>,
 }
 
 /// What tells that a file was changed without reading it.
@@ -180,6 +188,8 @@ impl Control {
             stamps: Vec::new(),
             streamed: Shared::default(),
             keys: jwks::Fetches::default(),
+            keeper: None,
+            kept: None,
         };
         control.take_in()?;
         if control.awaits_stream() {
@@ -288,6 +298,7 @@ impl Control {
                 }
                 self.said = said;
                 if let Some(update) = update {
+                    self.kept = None;
                     self.model = Arc::new(update.model.clone());
                     self.streamed = update.secrets.clone();
                 }
@@ -298,7 +309,8 @@ impl Control {
 
     /// Nothing has come over the stream yet: there is nothing to serve, and that is no configuration.
     fn awaits_stream(&self) -> bool {
-        matches!(&self.settings.input, Input::Stream(stream) if stream.news.borrow().update.is_none())
+        let silent = matches!(&self.settings.input, Input::Stream(stream) if stream.news.borrow().update.is_none());
+        silent && self.kept.is_none()
     }
 
     /// Compiles and makes it the current one.
@@ -323,7 +335,9 @@ impl Control {
                 Input::Yaml(_) | Input::XdsDir(_) => Arc::default(),
             },
             awaited: self.settings.certs.awaited(&self.secrets),
+            kept: self.kept,
         });
+        self.offer();
         self.stamps = self.stamps_now();
     }
 

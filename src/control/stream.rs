@@ -17,7 +17,11 @@ impl Control {
             (news.update.clone()?, news.updates)
         };
         let names = update.endpoints.as_ref()?;
-        if self.published.version == 0 || said != self.said + 1 || !self.streamed.same(&update.secrets) {
+        if self.published.version == 0
+            || self.kept.is_some()
+            || said != self.said + 1
+            || !self.streamed.same(&update.secrets)
+        {
             return None;
         }
         self.said = said;
@@ -38,6 +42,7 @@ impl Control {
             snapshot: Arc::new(snapshot),
             ..Published::clone(old)
         });
+        self.offer();
         Some(self.published())
     }
 }

@@ -139,6 +139,7 @@ pub struct Process {
     log_failed: ::metrics::Counter,
     config_updates: ::metrics::Counter,
     config_version: ::metrics::Gauge,
+    config_kept: ::metrics::Gauge,
 }
 
 impl std::fmt::Debug for Process {
@@ -158,6 +159,7 @@ impl Process {
             log_failed: counter("access_log_write_errors_total"),
             config_updates: counter("config_updates_total"),
             config_version: recorder.register_gauge(&Key::from_static_name("config_version"), &METADATA),
+            config_kept: recorder.register_gauge(&Key::from_static_name("config_last_good_served"), &METADATA),
             recorder,
         }
     }
@@ -182,10 +184,11 @@ impl Process {
         self.log_failed.increment(1);
     }
 
-    /// A configuration was published.
-    pub fn published(&self, version: u64) {
+    /// A configuration was published. `kept`: it is that of an earlier process, for want of a control plane.
+    pub fn published(&self, version: u64, kept: bool) {
         self.config_updates.increment(1);
         self.config_version.set(version as f64);
+        self.config_kept.set(f64::from(u8::from(kept)));
     }
 
     /// How many objects of the configuration in force are not served as said, by type: `config_unsupported_total{type}`
@@ -226,7 +229,7 @@ mod tests {
     fn handles_and_facade_record_in_one_place() {
         let process = Process::new();
         process.panicked();
-        process.published(7);
+        process.published(7, false);
         ::metrics::with_local_recorder(&process.recorder, || {
             ::metrics::counter!("panics_total").increment(2);
             ::metrics::histogram!("lag_ms", "worker" => "0").record(3.2);

@@ -121,6 +121,13 @@ pub struct Bootstrap {
     pub warnings: Vec<String>,
 }
 
+impl Bootstrap {
+    /// The proxy's own folder, which it may write to (ProxyConfig's `configPath`).
+    pub fn config_path(&self) -> PathBuf {
+        self.proxy_config.get("configPath").and_then(Value::as_str).unwrap_or("./etc/istio/proxy").into()
+    }
+}
+
 /// A server of the control plane.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ControlPlane {
