@@ -56,8 +56,9 @@ impl<T: Clone> Log<T> {
     /// When they do not come within a minute: a test has failed.
     pub async fn reach(&self, count: usize) -> Vec<T> {
         let mut counted = self.count.subscribe();
-        let reached = tokio::time::timeout(LIMIT, counted.wait_for(|n| *n >= count)).await;
-        assert!(reached.is_ok(), "{} of {count} expected events within {LIMIT:?}", self.len());
+        // What `wait_for` returns is a guard; `push` holds the events while it asks for the count.
+        let reached = tokio::time::timeout(LIMIT, counted.wait_for(|n| *n >= count)).await.is_ok();
+        assert!(reached, "{} of {count} expected events within {LIMIT:?}", self.len());
         self.all()
     }
 }
