@@ -8,8 +8,8 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
+use proxy_config::WhoAmI;
 use proxy_config::bootstrap::Refused;
-use proxy_config::{Reject, Severity, WhoAmI};
 
 use crate::app::{self, ProxyArgs};
 use crate::ca::{self, CaArgs};
@@ -17,6 +17,7 @@ use crate::control::{Certs, Input, Settings, yaml};
 use crate::error::Kind;
 use crate::explain::{self, CallArgs};
 use crate::iptables::{self, IptablesArgs};
+use crate::validate::{self, ValidateArgs};
 
 /// The version of this program.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
@@ -98,13 +99,6 @@ struct ExplainArgs {
     call: CallArgs,
 }
 
-#[derive(Debug, Args)]
-struct ValidateArgs {
-    /// A file, or a folder with *.yaml and *.yml files. May be repeated.
-    #[arg(long, value_name = "PATH", required = true, num_args = 1..)]
-    config: Vec<PathBuf>,
-}
-
 impl InputArgs {
     /// Whether configuration is given as files; without them a proxy asks istiod.
     pub fn are_given(&self) -> bool {
@@ -137,7 +131,7 @@ pub fn run(arguments: &[String], variables: BTreeMap<String, String>) -> u8 {
     let (result, failed) = match Cli::parse_from(arguments).command {
         Command::Proxy(args) => (app::run(&args, variables), NOT_STARTED),
         Command::Explain(args) => (explain_calls(&args, variables), FAILED),
-        Command::Validate(args) => match validate(&args) {
+        Command::Validate(args) => match validate::run(&args) {
             Ok(clean) => return if clean { 0 } else { FAILED },
             Err(e) => (Err(e), FAILED),
         },
@@ -168,31 +162,6 @@ fn explain_calls(args: &ExplainArgs, variables: BTreeMap<String, String>) -> Res
     let certs = args.inputs.certs.clone().map_or(Certs::MadeUp, Certs::Folder);
     let settings = args.inputs.settings(variables, certs)?;
     explain::run(settings, &calls, args.json, &mut out)
-}
-
-/// Whether nothing is wrong.
-fn validate(args: &ValidateArgs) -> Result<bool> {
-    let sources = yaml::read_sources(&args.config)?;
-    let rejects = proxy_config::validate(&sources);
-    let mut out = std::io::stdout().lock();
-    for reject in &rejects {
-        writeln!(out, "{}", compiler_line(reject))?;
-    }
-    let errors = rejects.iter().filter(|r| r.severity != Severity::Warning).count();
-    writeln!(out, "{} files, {errors} errors, {} warnings", sources.len(), rejects.len() - errors)?;
-    Ok(errors == 0)
-}
-
-/// `file:line:column: severity: resource: field: reason [code]`
-fn compiler_line(reject: &Reject) -> String {
-    let place = reject.place.as_deref().map(|place| format!("{place}: ")).unwrap_or_default();
-    let severity = match reject.severity {
-        Severity::Warning => "warning",
-        Severity::Error | Severity::Security => "error",
-    };
-    let field = if reject.field.is_empty() { String::new() } else { format!("{}: ", reject.field) };
-    let code = reject.code.map(|code| format!(" [{code}]")).unwrap_or_default();
-    format!("{place}{severity}: {}: {field}{}{code}", reject.resource, reject.reason)
 }
 
 fn sign(args: &CaArgs) -> Result<()> {
@@ -231,22 +200,6 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn rejects_read_like_a_compilers() {
-        let mut reject = Reject {
-            resource: "Service a/b".to_owned(),
-            place: Some("x.yaml:3:5".to_owned()),
-            field: "spec.ports[0].port".to_owned(),
-            reason: "expected a number".to_owned(),
-            severity: Severity::Error,
-            code: Some("IST0101"),
-        };
-        let line = "x.yaml:3:5: error: Service a/b: spec.ports[0].port: expected a number [IST0101]";
-        assert_eq!(compiler_line(&reject), line);
-        reject = Reject { place: None, field: String::new(), code: None, severity: Severity::Warning, ..reject };
-        assert_eq!(compiler_line(&reject), "warning: Service a/b: expected a number");
     }
 
     #[test]

@@ -23,5 +23,6 @@ pub mod snapshot;
 pub mod telemetry;
 pub mod tls;
 pub mod upstream;
+pub mod validate;
 pub mod worker;
 pub mod xds;

@@ -31,6 +31,7 @@ const LAYERS: &[(&str, &[&str])] = &[
         "control",
         &["xds", "identity", "grpc", "dns", "jwks", "probe", "snapshot", "tls", "telemetry", "ca", "drain", "error"],
     ),
+    ("validate", &["control"]),
     ("explain", &["control", "upstream", "snapshot", "tls", "telemetry", "error"]),
     // `/explain` answers for the configuration that is served; `/config_dump` shows what the stream received.
     (

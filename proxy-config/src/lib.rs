@@ -17,10 +17,14 @@ mod load;
 pub mod model;
 mod objects;
 pub mod peer;
+pub mod re2;
 pub mod registry;
 pub mod sds;
+mod validate;
 pub mod xds;
 mod yaml;
 
-pub use load::{AutoEntry, Inputs, Loaded, Source, Store, WhoAmI, from_yaml, validate};
+pub use diagnose::{Level, Message};
+pub use load::{AutoEntry, Folder, Inputs, Loaded, Source, Store, WhoAmI, analyze, from_yaml, validate};
 pub use model::{Model, Name, Reject, Severity};
+pub use validate::{Verdict, fragment_verdict, verdict};

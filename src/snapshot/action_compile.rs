@@ -4,15 +4,15 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{HeaderName, HeaderValue};
-use proxy_config::model;
+use proxy_config::{model, re2};
 
+use super::StringMatch;
 use super::action::{
     Action, Cors, Forward, HashPolicy, HashSource, HeaderOps, HeaderSet, HostRewrite, Redirect, RetryOn, RetryPolicy,
     Rewrite, Target, WeightedCluster,
 };
 use super::cluster::Ids;
 use super::compile::Sink;
-use super::{StringMatch, re2};
 use crate::telemetry::Format;
 
 /// Route timeout.

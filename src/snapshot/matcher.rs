@@ -3,11 +3,10 @@
 use std::fmt;
 
 use http::header::{HeaderName, HeaderValue};
-use proxy_config::model;
+use proxy_config::{model, re2};
 use regex::bytes::Regex;
 
 use super::RequestView;
-use super::re2;
 
 /// A compiled [`model::StringMatcher`].
 #[derive(Debug, Clone)]

@@ -36,7 +36,6 @@ mod peer_metadata;
 mod property_tests;
 mod rbac;
 mod rbac_why;
-mod re2;
 pub mod route;
 mod route_compile;
 mod template;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use http::header::HeaderValue;
-use proxy_config::model;
+use proxy_config::{model, re2};
 
 use super::action::Action;
 use super::action_compile::{action, cors, header_ops};
@@ -11,7 +11,6 @@ use super::cluster::Ids;
 use super::compile::Sink;
 use super::matcher::{HeaderMatch, QueryMatch};
 use super::metadata::MetadataMatch;
-use super::re2;
 use super::route::{Domains, PathRule, Route, RouteMatch, RouteTable, VirtualHost};
 use super::{Name, template};
 

@@ -3,7 +3,7 @@
 
 use regex::bytes::Regex;
 
-use super::re2;
+use proxy_config::re2;
 
 /// What a segment may consist of (RFC 3986 `pchar`): unreserved characters, percent escapes, `:@` and the delimiters.
 const SEGMENT: &str = r"a-zA-Z0-9\-._~%!$&'()*+,;:@=";

@@ -7,6 +7,7 @@
 
 mod agent_bootstrap;
 mod agent_health;
+mod analysis;
 mod authz;
 mod calls;
 mod dumps;
@@ -23,6 +24,7 @@ mod simulation;
 mod stage;
 mod streams;
 mod tally;
+mod validation;
 mod vm;
 #[cfg(feature = "conformance")]
 mod wire;
@@ -115,9 +117,11 @@ fn run_set(bench: &Bench<'_>, set: &Set) -> Result<Tally> {
     match set.name.as_str() {
         "agent/bootstrap" => agent_bootstrap::run(bench, set),
         "agent/health" => agent_health::run(bench, set),
+        "analysis" => analysis::run(bench, set),
         "authz" => authz::run(bench, set),
         "health" => health::run(bench, set),
         "simulation" => simulation::run(bench, set),
+        "validation" => validation::run(bench, set),
         "vm" => vm::run(bench, set),
         "xds" => xds::run(bench, set),
         "mx-config-dumps" => dumps::run(bench, set),

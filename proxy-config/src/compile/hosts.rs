@@ -6,7 +6,7 @@ pub(super) fn is_wildcard(host: &str) -> bool {
 }
 
 /// Whether two names, each possibly a wildcard, can mean the same host.
-pub(super) fn matches(a: &str, b: &str) -> bool {
+pub(crate) fn matches(a: &str, b: &str) -> bool {
     match (a.strip_prefix('*'), b.strip_prefix('*')) {
         (Some(x), Some(y)) => x.ends_with(y) || y.ends_with(x),
         (Some(suffix), None) => b.ends_with(suffix),
@@ -16,7 +16,7 @@ pub(super) fn matches(a: &str, b: &str) -> bool {
 }
 
 /// Whether every host that `a` means is also meant by `b`.
-pub(super) fn subset_of(a: &str, b: &str) -> bool {
+pub(crate) fn subset_of(a: &str, b: &str) -> bool {
     match (a.strip_prefix('*'), b.strip_prefix('*')) {
         (Some(x), Some(y)) => x.ends_with(y),
         (Some(_), None) => false,

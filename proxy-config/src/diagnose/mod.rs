@@ -1,87 +1,141 @@
-//! What the types alone do not refuse: values and combinations that Istio's own validation turns away.
+//! Istio's analyzers: objects that are each good by themselves and together mean something else than they seem to.
 //!
-//! One function a kind, from an object to its findings; an object with a finding is not served, unless the finding says
-//! that it is meant. What is only unwise is not found here.
+//! One file a family of analyzers, each analyzer a pure function from the [`World`] to messages. They never refuse
+//! anything: what they say is printed by `validate`. Codes and levels are Istio's.
 
-mod networking;
-mod security;
+mod conditions;
+mod deprecation;
+mod destination_rule;
+mod destinations;
+mod policy;
+mod service;
+mod service_entry;
+mod sidecar;
+mod telemetry;
+mod virtual_service;
+mod world;
 
-use std::collections::BTreeMap;
+pub(crate) use world::{Item, World};
 
-pub(crate) use networking::{service_entry, workload_entry, workload_group};
-pub(crate) use security::{authorization_policy, peer_authentication, request_authentication};
+use crate::validate::{self, At, Weight};
 
-/// One thing that is wrong.
+/// How much a message means, in Istio's words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    /// Worth knowing.
+    Info,
+    /// Probably not what was meant.
+    Warning,
+    /// Traffic will not do what was said.
+    Error,
+}
+
+/// What an analyzer says about one object.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Finding {
-    /// Field path from the object's root.
-    pub(crate) field: String,
-    /// What was wrong and what was expected.
-    pub(crate) reason: String,
-    /// It has a meaning all the same: istiod would serve it if it came past the API server.
-    pub(crate) meant: bool,
+pub struct Message {
+    /// Istio's code, `IST0101`.
+    pub code: &'static str,
+    /// Istio's level for the code.
+    pub level: Level,
+    /// Kind of the object.
+    pub kind: String,
+    /// Its namespace; empty for kinds without one.
+    pub namespace: String,
+    /// Its name.
+    pub name: String,
+    /// Field path inside the object.
+    pub field: String,
+    /// `file:line:column`.
+    pub place: String,
+    /// What was found and what would be expected.
+    pub reason: String,
+    /// False when the message rests on something not being among the objects that need not be there: files hold
+    /// configuration and rarely the Pods and Namespaces of a cluster.
+    pub sure: bool,
 }
 
-/// Findings of one object in the making.
-#[derive(Debug, Default)]
-struct Findings(Vec<Finding>);
+/// An analyzer under Istio's name.
+type Analyzer = (&'static str, fn(&World<'_>, &mut Vec<Message>));
 
-impl Findings {
-    fn add(&mut self, field: impl Into<String>, reason: impl Into<String>) {
-        self.0.push(Finding { field: field.into(), reason: reason.into(), meant: false });
+/// Every analyzer; `schema` stands for the ones of the kinds' own validation.
+const ANALYZERS: [Analyzer; 20] = [
+    ("authn.BlockedCIDRsAnalyzer", policy::unrestricted_key_fetches),
+    ("authz.AuthorizationPoliciesAnalyzer", policy::authorization),
+    ("conditions.ConditionAnalyzer", conditions::check),
+    ("deprecation.FieldAnalyzer", deprecation::check),
+    ("destinationrule.CaCertificateAnalyzer", destination_rule::unverified),
+    ("destinationrule.PodNotSelectedAnalyzer", destination_rule::subsets),
+    ("k8sgateway.SelectorAnalyzer", policy::gateway_selectors),
+    ("multicluster.MeshNetworksAnalyzer", service::networks),
+    ("multicluster.ServiceAnalyzer", service::clusters),
+    ("service.PortNameAnalyzer", service::port_names),
+    ("serviceentry.ConflictingServiceEntryProtocolAnalyzer", service_entry::protocols),
+    ("serviceentry.ProtocolAddressesAnalyzer", service_entry::addresses),
+    ("sidecar.SelectorAnalyzer", sidecar::selectors),
+    ("telemetry.DefaultSelectorAnalyzer", telemetry::defaults),
+    ("telemetry.LightstepAnalyzer", telemetry::lightstep),
+    ("telemetry.ProviderAnalyzer", telemetry::providers),
+    ("telemetry.SelectorAnalyzer", telemetry::selectors),
+    ("virtualservice.ConflictingMeshGatewayHostsAnalyzer", virtual_service::hosts),
+    ("virtualservice.GatewayAnalyzer", virtual_service::gateways),
+    ("virtualservice.JWTClaimRouteAnalyzer", virtual_service::claims),
+];
+
+/// Those that follow destinations.
+const MORE: [Analyzer; 2] = [
+    ("virtualservice.DestinationHostAnalyzer", destinations::hosts),
+    ("virtualservice.DestinationRuleAnalyzer", destinations::subsets),
+];
+
+/// What every analyzer says, or only the one with Istio's name for it; `None` when there is none of that name.
+pub(crate) fn run(world: &World<'_>, only: Option<&str>) -> Option<Vec<Message>> {
+    let mut out = Vec::new();
+    let Some(only) = only else {
+        for (_, analyze) in ANALYZERS.iter().chain(&MORE) {
+            analyze(world, &mut out);
+        }
+        return Some(out);
+    };
+    if let Some(kind) = only.strip_prefix("schema.") {
+        own_validation(world, kind, &mut out);
+        return Some(out);
     }
+    let (_, analyze) = ANALYZERS.iter().chain(&MORE).find(|(name, _)| *name == only)?;
+    analyze(world, &mut out);
+    Some(out)
+}
 
-    /// Adds a finding unless the condition holds.
-    fn expect(&mut self, holds: bool, field: impl Into<String>, reason: &str) {
-        if !holds {
-            self.add(field, reason);
+/// The kinds' own validation in the words of an analyzer; `name` ends with the kind.
+fn own_validation(world: &World<'_>, name: &str, out: &mut Vec<Message>) {
+    let kind = name.trim_end_matches(')').rsplit(['.', '(']).next().unwrap_or_default();
+    for item in world.of(kind) {
+        for finding in item.document().map(|n| validate::object(kind, n)).unwrap_or_default() {
+            let code = finding.code.unwrap_or(match finding.weight {
+                Weight::Warning => "IST0133",
+                _ => "IST0106",
+            });
+            // What the schema refuses never reaches Istio's validation.
+            if !matches!(finding.weight, Weight::Unknown | Weight::Schema) {
+                let mut message = item.message(code, &item.root, finding.reason);
+                message.field = finding.field;
+                out.push(message);
+            }
         }
     }
+}
 
-    /// Adds a finding that leaves the object its meaning.
-    fn tell(&mut self, field: impl Into<String>, reason: impl Into<String>) {
-        self.0.push(Finding { field: field.into(), reason: reason.into(), meant: true });
-    }
-
-    /// Labels of a selector are compared as they stand: a wildcard would select nothing.
-    fn selector(&mut self, labels: &BTreeMap<String, String>, field: &str) {
-        for (key, value) in labels {
-            self.expect(!key.is_empty(), field, "a label's name is empty");
-            self.expect(
-                !key.contains('*') && !value.contains('*'),
-                format!("{field}.{key}"),
-                "labels know no wildcard",
-            );
-        }
+/// Istio's level of a code.
+fn level(code: &str) -> Level {
+    match code {
+        "IST0118" | "IST0131" => Level::Info,
+        "IST0101" | "IST0106" | "IST0109" | "IST0110" | "IST0111" | "IST0112" | "IST0126" | "IST0149" | "IST0159"
+        | "IST0160" | "IST0173" => Level::Error,
+        _ => Level::Warning,
     }
 }
 
-/// A port number in text.
-fn is_port(text: &str) -> bool {
-    text.parse::<u16>().is_ok_and(|p| p > 0)
-}
-
-/// An address or a network in text.
-fn is_network(text: &str) -> bool {
-    text.parse::<std::net::IpAddr>().is_ok() || text.parse::<ipnet::IpNet>().is_ok()
-}
-
-/// Letters, digits and dashes, at most 63, alphanumeric at both ends.
-fn is_label(text: &str) -> bool {
-    let ends = |c: Option<char>| c.is_some_and(|c| c.is_ascii_alphanumeric());
-    text.len() <= 63
-        && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '-')
-        && ends(text.chars().next())
-        && ends(text.chars().last())
-}
-
-/// Labels joined by dots, a last dot allowed; underscores as hosts in the wild have them.
-fn is_fqdn(text: &str) -> bool {
-    let text = text.strip_suffix('.').unwrap_or(text);
-    text.len() <= 255 && !text.is_empty() && text.split('.').all(|l| is_label(&l.replace('_', "x")))
-}
-
-/// The same, its beginning possibly a wildcard.
-fn is_wildcard_fqdn(text: &str) -> bool {
-    text.strip_prefix('*').map_or_else(|| is_fqdn(text), |rest| is_fqdn(rest.trim_start_matches(['.', '-'])))
+/// Whether labels have everything that a selector asks for.
+fn selects(selector: &At<'_>, labels: &At<'_>) -> bool {
+    let labels = labels.entries();
+    selector.entries().iter().all(|(k, v)| labels.iter().any(|(l, w)| l == k && w.text() == v.text()))
 }

@@ -7,6 +7,7 @@ mod identity;
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::bootstrap::{self, Node};
+use crate::diagnose::{self, Message, World};
 use crate::model::{Model, Reject, Severity};
 use crate::objects::{self, Broken, Document, Documents, Key, Reading};
 use crate::registry::Proxy;
@@ -142,6 +143,27 @@ pub fn validate(sources: &[Source]) -> Vec<Reject> {
     rejects.append(&mut reading.rejects);
     rejects.extend(attempt::check(&reading.objects));
     finish(rejects, &documents.objects)
+}
+
+/// What the analyzers look at.
+#[derive(Debug, Clone, Default)]
+pub struct Folder {
+    /// Objects of each cluster by its name, which is empty where there is only one.
+    pub clusters: Vec<(String, Vec<Source>)>,
+    /// `MeshConfig`; wins over a `mesh.yaml` among the sources.
+    pub mesh: Option<Source>,
+    /// `MeshNetworks`; wins over a `networks.yaml` among the sources.
+    pub networks: Option<Source>,
+}
+
+/// What Istio's analyzers say about the objects together; with `only` just the one of that name
+/// (`virtualservice.GatewayAnalyzer`), and `None` when there is none. What the texts' own mistakes are is told by
+/// [`validate`].
+pub fn analyze(folder: &Folder, only: Option<&str>) -> Option<Vec<Message>> {
+    let documents = |sources: &[Source]| Documents::new(sources, folder.mesh.as_ref(), folder.networks.as_ref());
+    let clusters: Vec<(&str, Documents)> = folder.clusters.iter().map(|(n, s)| (n.as_str(), documents(s))).collect();
+    let world = World::new(clusters.iter().map(|(name, documents)| (*name, documents)));
+    diagnose::run(&world, only)
 }
 
 fn no_identity(reason: String) -> Reject {

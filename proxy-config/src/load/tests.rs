@@ -104,12 +104,12 @@ fn mistakes_have_places() {
             file(
                 "a.yaml",
                 "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {name: v}\nspec:\n  \
-                            hosts: [a]\n  http:\n  - timeout: off\n",
+                            hosts: [a]\n  http:\n  - timeout: off\n    route: [{destination: {host: a}}]\n",
             ),
             file(
                 "b.yaml",
                 "apiVersion: networking.istio.io/v1\nkind: VirtualService\nmetadata: {name: w}\nspec:\n  \
-                            hosts: [a]\n  htp: []\n",
+                            hosts: [a]\n  htp: []\n  http: [{route: [{destination: {host: a}}]}]\n",
             ),
         ],
         CLIENT,
@@ -254,7 +254,7 @@ fn istios_own_validation_holds() {
         ("WorkloadEntry", "{labels: {a: b}}", "spec.address"),
         ("WorkloadGroup", "{template: {}, probe: {exec: {}}}", "spec.probe.exec.command"),
         ("ServiceEntry", "{hosts: ['*'], ports: [{number: 80, name: a}]}", "spec.hosts[0]"),
-        ("ServiceEntry", "{hosts: ['*.a.b'], resolution: DNS, ports: [{number: 80, name: a}]}", "spec.hosts"),
+        ("ServiceEntry", "{hosts: ['*.a.b'], resolution: DNS, ports: [{number: 80, name: a}]}", "spec.hosts[0]"),
         ("ServiceEntry", "{hosts: [a.b], resolution: DNS, ports: [{number: 80, name: a}]}", ""),
     ] {
         assert_eq!(of(kind, spec), wrong, "{kind} {spec}");

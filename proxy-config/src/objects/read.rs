@@ -7,12 +7,12 @@ use serde::de::DeserializeOwned;
 
 use super::documents::{MESH_CONFIG, MESH_NETWORKS};
 use super::{Broken, Document, Entry, Key, Object, Objects};
-use crate::diagnose::{self, Finding};
 use crate::istio::common::Selector;
 use crate::istio::service_entry::LabelSelector;
 use crate::istio::workload_entry::{WorkloadEntry, WorkloadEntryStatus};
 use crate::k8s;
 use crate::model::{Reject, Severity};
+use crate::validate::{self, Finding, Weight};
 use crate::yaml::{self, Failure, Node, Notes};
 
 /// Objects with everything that came to light while they were read.
@@ -30,7 +30,7 @@ pub(crate) struct Reading {
 pub(crate) fn read(documents: &BTreeMap<Key, Document>) -> Reading {
     let mut out = Reading::default();
     for (key, document) in documents {
-        let mut one = One { key, document, notes: Notes::default() };
+        let mut one = One { key, document, notes: Notes::default(), unknown: BTreeMap::new() };
         if let Err(failure) = one.read(&mut out) {
             one.refuse(&failure, &mut out);
         }
@@ -44,6 +44,8 @@ struct One<'d> {
     key: &'d Key,
     document: &'d Document,
     notes: Notes,
+    /// Fields that the kind does not have, with what is said about each.
+    unknown: BTreeMap<String, Finding>,
 }
 
 impl One<'_> {
@@ -61,8 +63,12 @@ impl One<'_> {
             ("", "ConfigMap") if self.key.name == "istio" => self.config_map(out)?,
             ("networking.istio.io", kind) => return self.networking(kind, out),
             ("security.istio.io", kind) => return self.security(kind, out),
-            ("telemetry.istio.io", "Telemetry") => objects.telemetries.push(self.istio()?),
+            ("telemetry.istio.io", "Telemetry") => {
+                self.judged(out)?;
+                out.objects.telemetries.push(self.istio()?);
+            }
             ("extensions.istio.io", "WasmPlugin" | "TrafficExtension") => {
+                self.judged(out)?;
                 self.left_out("extensions are not supported: it is left out", Severity::Error, out);
             }
             ("gateway.networking.k8s.io", kind) if kind.ends_with("Route") => {
@@ -77,60 +83,67 @@ impl One<'_> {
     }
 
     fn security(&mut self, kind: &str, out: &mut Reading) -> Result<(), Failure> {
-        let spec = self.document.node.get("spec");
+        self.judged(out)?;
         match kind {
-            "AuthorizationPolicy" => {
-                let object = self.istio()?;
-                self.checked(diagnose::authorization_policy(&object.spec, spec), out)?;
-                out.objects.authorization_policies.push(object);
-            }
-            "PeerAuthentication" => {
-                let object = self.istio()?;
-                self.checked(diagnose::peer_authentication(&object.spec, spec), out)?;
-                out.objects.peer_authentications.push(object);
-            }
-            "RequestAuthentication" => {
-                let object = self.istio()?;
-                self.checked(diagnose::request_authentication(&object.spec), out)?;
-                out.objects.request_authentications.push(object);
-            }
+            "AuthorizationPolicy" => out.objects.authorization_policies.push(self.istio()?),
+            "PeerAuthentication" => out.objects.peer_authentications.push(self.istio()?),
+            "RequestAuthentication" => out.objects.request_authentications.push(self.istio()?),
             _ => self.left_out("the kind is not known: it is left out", Severity::Warning, out),
         }
         Ok(())
     }
 
-    /// The first finding that leaves no meaning refuses the object, the others are told beside it.
-    fn checked(&self, found: Vec<Finding>, out: &mut Reading) -> Result<(), Failure> {
+    /// Tells what [`validate::object`] finds. Of a kind that is served whole or not at all the first finding that leaves
+    /// no meaning refuses the object. Any other stays with what can be served of it: where it cannot, the compiler
+    /// leaves out the smallest unit, and on a reload the last good version stays, because the finding is an error.
+    fn judged(&mut self, out: &mut Reading) -> Result<(), Failure> {
+        const WHOLE: [&str; 3] = ["ServiceEntry", "WorkloadEntry", "WorkloadGroup"];
+        let whole = self.is_security() || WHOLE.contains(&self.key.kind.as_str());
         let refused = if self.is_security() { Severity::Security } else { Severity::Error };
         let mut first = None;
-        for finding in found {
-            if first.is_none() && !finding.meant {
-                first = Some(finding);
-                continue;
-            }
-            let severity = if finding.meant { Severity::Error } else { refused };
-            out.rejects.push(self.reject(&finding.field, &finding.reason, severity));
+        for finding in validate::object(&self.key.kind, &self.document.node) {
+            let severity = match finding.weight {
+                Weight::Unknown => {
+                    self.unknown.insert(finding.field.clone(), finding);
+                    continue;
+                }
+                Weight::Warning => Severity::Warning,
+                Weight::Meant => Severity::Error,
+                Weight::Schema | Weight::Rule if whole && first.is_none() => {
+                    first = Some(finding);
+                    continue;
+                }
+                Weight::Schema | Weight::Rule => {
+                    if whole {
+                        refused
+                    } else {
+                        Severity::Error
+                    }
+                }
+            };
+            out.rejects.push(self.told(&finding, severity));
         }
-        let Some(first) = first else { return Ok(()) };
-        let at = self.document.node.at(&first.field);
-        Err(Failure { field: first.field, line: at.line, column: at.column, reason: first.reason })
+        let Some(Finding { field, place: (line, column), reason, .. }) = first else { return Ok(()) };
+        Err(Failure { field, line, column, reason })
+    }
+
+    fn told(&self, finding: &Finding, severity: Severity) -> Reject {
+        let place = Some(format!("{}:{}:{}", self.document.file, finding.place.0, finding.place.1));
+        let code = finding.code.or(match finding.weight {
+            Weight::Warning => Some("IST0133"),
+            _ => Some("IST0106"),
+        });
+        Reject { place, code, ..self.reject(&finding.field, &finding.reason, severity) }
     }
 
     fn networking(&mut self, kind: &str, out: &mut Reading) -> Result<(), Failure> {
+        self.judged(out)?;
         let objects = &mut out.objects;
         match kind {
             "VirtualService" => objects.virtual_services.push(self.istio()?),
             "DestinationRule" => objects.destination_rules.push(self.istio()?),
-            "ServiceEntry" => {
-                let object = self.istio()?;
-                self.checked(diagnose::service_entry(&object.spec), out)?;
-                out.objects.service_entries.push(object);
-            }
-            "WorkloadGroup" => {
-                let object = self.istio()?;
-                self.checked(diagnose::workload_group(&object.spec, self.document.node.get("spec")), out)?;
-                out.objects.workload_groups.push(object);
-            }
+            "ServiceEntry" => objects.service_entries.push(self.istio()?),
+            "WorkloadGroup" => objects.workload_groups.push(self.istio()?),
             "WorkloadEntry" => self.workload_entry(out)?,
             "Sidecar" => objects.sidecars.push(self.istio()?),
             "EnvoyFilter" => self.envoy_filter(out),
@@ -187,7 +200,6 @@ impl One<'_> {
 
     fn workload_entry(&mut self, out: &mut Reading) -> Result<(), Failure> {
         let object: Object<WorkloadEntry> = self.istio()?;
-        self.checked(diagnose::workload_entry(&object.spec), out)?;
         let status: WorkloadEntryStatus = match self.document.node.get("status") {
             Some(node) => yaml::read(node, "status", &Notes::default())?,
             None => WorkloadEntryStatus::default(),
@@ -257,6 +269,11 @@ impl One<'_> {
         let severity = if self.is_security() { Severity::Security } else { Severity::Error };
         let place = Some(format!("{}:{}:{}", self.document.file, failure.line, failure.column));
         let reject = self.reject(&failure.field, &failure.reason, severity);
+        // The same value was found to be wrong before its type was asked.
+        let twin = |r: &Reject| r.resource == reject.resource && r.place == place && r.severity == severity;
+        if severity == Severity::Error && out.rejects.iter().any(twin) {
+            return;
+        }
         out.rejects.push(Reject { place, code: Some("IST0106"), ..reject });
         if severity == Severity::Security {
             out.objects.broken.push(self.broken());
@@ -300,19 +317,28 @@ impl One<'_> {
             if !istio {
                 continue;
             }
-            let place = Some(format!("{}:{line}:{column}", self.document.file));
-            let severity = if security { Severity::Security } else { Severity::Warning };
-            let reason = if security {
-                "the field is not known; a security object is served whole or not at all"
-            } else {
-                "the field is not known and has no effect"
-            };
-            let reject = self.reject(&path, reason, severity);
-            out.rejects.push(Reject { place, code: Some("IST0106"), ..reject });
+            let known = self.unknown.remove(&path).map(|finding| finding.reason);
+            let what = known.unwrap_or_else(|| "the field is not supported".to_owned());
+            self.tell_unknown(&path, (line, column), &what, security, out);
             if security {
                 out.objects.broken.push(self.broken());
             }
         }
+        // Of kinds that no type reads, and of objects that were refused before they were read to their end.
+        for finding in std::mem::take(&mut self.unknown).into_values() {
+            self.tell_unknown(&finding.field, finding.place, &finding.reason, security, out);
+        }
+    }
+
+    fn tell_unknown(&self, field: &str, (line, column): (usize, usize), what: &str, security: bool, out: &mut Reading) {
+        let (severity, follows) = if security {
+            (Severity::Security, "a security object is served whole or not at all")
+        } else {
+            (Severity::Warning, "it has no effect")
+        };
+        let place = Some(format!("{}:{line}:{column}", self.document.file));
+        let reject = self.reject(field, &format!("{what}: {follows}"), severity);
+        out.rejects.push(Reject { place, code: Some("IST0106"), ..reject });
     }
 }
 

@@ -188,6 +188,33 @@ fn plain(text: &str) -> Plain {
     number(text).unwrap_or(Plain::Text)
 }
 
+/// What YAML takes a value for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Scalar {
+    Null,
+    Bool,
+    Whole,
+    Fraction,
+    Text,
+    /// A list or a map.
+    No,
+}
+
+/// What kind of scalar a node is.
+pub(crate) fn scalar(node: &Node) -> Scalar {
+    match &node.data {
+        Data::Scalar { plain: false, .. } => Scalar::Text,
+        Data::Scalar { text, plain: true } => match plain(text) {
+            Plain::Null => Scalar::Null,
+            Plain::Bool(_) => Scalar::Bool,
+            Plain::Unsigned(_) | Plain::Signed(_) => Scalar::Whole,
+            Plain::Float(_) => Scalar::Fraction,
+            Plain::Text => Scalar::Text,
+        },
+        Data::List(_) | Data::Map(_) => Scalar::No,
+    }
+}
+
 fn number(text: &str) -> Option<Plain> {
     let digits = text.strip_prefix(['-', '+']).unwrap_or(text);
     if !digits.starts_with(|c: char| c.is_ascii_digit() || c == '.') {

@@ -7,5 +7,5 @@
 pub(crate) mod de;
 pub(crate) mod tree;
 
-pub(crate) use de::{Failure, Notes, read};
+pub(crate) use de::{Failure, Notes, Scalar, read, scalar};
 pub(crate) use tree::{Data, Node, parse};

@@ -6,17 +6,26 @@ use regex::bytes::{Regex, RegexBuilder};
 const SIZE_LIMIT: usize = 4 << 20;
 
 /// Compiles an expression that must match the whole value.
-pub(super) fn full_match(expression: &str) -> Result<Regex, String> {
+///
+/// # Errors
+/// What is wrong with the expression.
+pub fn full_match(expression: &str) -> Result<Regex, String> {
     build(&format!(r"\A(?:{})\z", translate(expression)), expression)
 }
 
 /// Compiles an expression that may match anywhere (rewrites).
-pub(super) fn search(expression: &str) -> Result<Regex, String> {
+///
+/// # Errors
+/// What is wrong with the expression.
+pub fn search(expression: &str) -> Result<Regex, String> {
     build(&translate(expression), expression)
 }
 
 /// RE2's substitution (`\1`, `\\`) in the words of [`Regex::replace_all`].
-pub(super) fn substitution(said: &str) -> Result<String, String> {
+///
+/// # Errors
+/// What is wrong with the substitution.
+pub fn substitution(said: &str) -> Result<String, String> {
     let mut out = String::with_capacity(said.len() + 4);
     let mut chars = said.chars();
     while let Some(c) = chars.next() {
