@@ -70,6 +70,9 @@ pub struct InputArgs {
     /// MeshNetworks; wins over a networks.yaml among the files.
     #[arg(long, value_name = "FILE")]
     pub networks: Option<PathBuf>,
+    /// Root certificates (PEM) by which https servers of token keys (jwksUri) are checked, instead of the system's.
+    #[arg(long, value_name = "FILE")]
+    pub jwks_roots: Option<PathBuf>,
     /// Recorded xDS resources instead of YAML: lds, cds, rds, eds, nds, ecds as .pb or .pb.gz.
     #[arg(long, value_name = "DIR")]
     pub xds_dir: Option<PathBuf>,
@@ -114,6 +117,7 @@ impl InputArgs {
                 config: self.config.clone(),
                 mesh: self.mesh.clone(),
                 networks: self.networks.clone(),
+                jwks_roots: self.jwks_roots.clone(),
             }),
         };
         let who = match &self.node {

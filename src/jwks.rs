@@ -62,6 +62,11 @@ pub struct Door {
     pub tls: Option<(ClientTls, String)>,
 }
 
+/// The host of a URI; empty when there is none.
+pub fn host(uri: &str) -> String {
+    uri.parse::<Uri>().ok().and_then(|uri| uri.host().map(str::to_owned)).unwrap_or_default()
+}
+
 /// Asks. The answer is a JSON text; what it is worth is for others to say.
 ///
 /// # Errors
@@ -211,7 +216,12 @@ async fn exchange(stream: Stream, uri: &Uri) -> Result<String, String> {
 
 #[cfg(test)]
 mod tests {
+    use proxy_config::model::DownstreamTls;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+
     use super::*;
+    use crate::tls::{Identity, ServerTls};
 
     #[test]
     fn discovery_stays_on_https() {
@@ -226,6 +236,81 @@ mod tests {
         for bad in ["", "/a", "ftp://a", "http://", "a b"] {
             assert!(parsed(bad).is_err(), "{bad}");
         }
+    }
+
+    /// Answers every connection with these bytes; over TLS when there is a certificate.
+    async fn server(answer: String, tls: Option<ServerTls>) -> SocketAddr {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move {
+            while let Ok((socket, _)) = listener.accept().await {
+                let mut stream = Stream::from(socket);
+                if let Some(tls) = &tls {
+                    let Ok((opened, _)) = tls::accept(stream, tls, tls::HANDSHAKE_LIMIT).await else { continue };
+                    stream = opened;
+                }
+                let mut head = Vec::new();
+                while !head.ends_with(b"\r\n\r\n") && stream.read_buf(&mut head).await.is_ok_and(|n| n > 0) {}
+                let _ = stream.write_all(answer.as_bytes()).await;
+                let _ = stream.shutdown().await;
+            }
+        });
+        address
+    }
+
+    async fn asked_of(uri: &str, roots: &str) -> Result<String, String> {
+        let ask = Ask { uri, limit: Duration::from_secs(20), roots, way: Way::Straight };
+        fetch(&ask, &Resolver::with_servers(&[])).await
+    }
+
+    #[tokio::test]
+    async fn answers_that_are_none() {
+        let large = format!("HTTP/1.1 200 OK\r\n\r\n{}", "x".repeat(LONGEST_ANSWER + 1));
+        for (answer, expected) in [
+            ("HTTP/1.1 302 Found\r\nlocation: http://127.0.0.1/\r\n\r\n", "redirects are not followed"),
+            ("HTTP/1.1 404 Not Found\r\n\r\n", "the answer is 404"),
+            (&*large, "limit"),
+            ("nonsense\r\n\r\n", "invalid HTTP"),
+            ("", "closed"),
+        ] {
+            let address = server(answer.to_owned(), None).await;
+            let why = asked_of(&format!("http://{address}/"), SYSTEM_ROOTS).await.unwrap_err();
+            assert!(why.contains(expected), "{expected}: {why}");
+        }
+        let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let uri = format!("http://{}/", silent.local_addr().unwrap());
+        let ask = Ask { uri: &uri, limit: Duration::from_millis(20), roots: SYSTEM_ROOTS, way: Way::Straight };
+        assert!(fetch(&ask, &Resolver::with_servers(&[])).await.unwrap_err().contains("no answer within"));
+    }
+
+    #[tokio::test]
+    async fn https_servers_are_known_by_their_roots_and_names() {
+        let certificate = |name: &str| {
+            let key = rcgen::KeyPair::generate().unwrap();
+            let said = rcgen::CertificateParams::new(vec![name.to_owned()]).unwrap();
+            let certificate = said.self_signed(&key).unwrap();
+            let identity = Identity::from_pem(certificate.pem().as_bytes(), key.serialize_pem().as_bytes()).unwrap();
+            (certificate.pem(), Secrets::new().with_identity("default", identity))
+        };
+        let dir = tempfile::tempdir().unwrap();
+        let serving = async |name: &str| {
+            let (pem, secrets) = certificate(name);
+            let file = dir.path().join(name);
+            std::fs::write(&file, pem).unwrap();
+            let common = CommonTls { certificates: vec!["default".into()], ..CommonTls::default() };
+            let said = DownstreamTls { common, ..DownstreamTls::default() };
+            let tls = ServerTls::compile(&said, &secrets, name).unwrap();
+            let address = server("HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}".to_owned(), Some(tls)).await;
+            (format!("https://{address}/"), format!("file-root:{}", file.display()))
+        };
+        let (uri, roots) = serving("127.0.0.1").await;
+        let (elsewhere, other_roots) = serving("127.0.0.2").await;
+        assert_eq!(asked_of(&uri, &roots).await, Ok("{}".to_owned()));
+        let why = asked_of(&uri, &other_roots).await.unwrap_err();
+        assert!(why.contains("certificate"), "a stranger: {why}");
+        let why = asked_of(&elsewhere, &other_roots).await.unwrap_err();
+        assert!(why.contains("identity"), "another name: {why}");
+        assert!(asked_of(&uri, "file-root:/nowhere").await.is_err());
     }
 
     #[tokio::test]

@@ -5,6 +5,7 @@
 //! [`FLOOR`].
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -201,14 +202,21 @@ fn providers(listener: &Listener) -> impl Iterator<Item = &JwtProvider> {
 }
 
 /// The store with the questions that are under way.
-#[derive(Default)]
 pub(super) struct Fetches {
     store: Store,
+    /// SDS name of the roots of https servers.
+    roots: Arc<str>,
     running: JoinSet<(Source, Result<String, String>)>,
     resolver: Option<Resolver>,
 }
 
 impl Fetches {
+    /// Nothing yet; `roots` is a PEM file, the system's when absent.
+    pub(super) fn new(roots: Option<PathBuf>) -> Self {
+        let roots = roots.map_or(SYSTEM_ROOTS.into(), |file| format!("file-root:{}", file.display()).into());
+        Self { store: Store::default(), roots, running: JoinSet::new(), resolver: None }
+    }
+
     /// The model with all keys that are known, and what there is to tell.
     pub(super) fn fill(&mut self, model: &Arc<Model>) -> (Arc<Model>, Vec<Reject>) {
         self.store.follow(model, Instant::now());
@@ -262,12 +270,13 @@ impl Fetches {
     }
 
     fn ask(&mut self, snapshot: &Snapshot, source: Source, limit: Duration) {
-        let way = way(snapshot, &source.1);
+        let way = way(snapshot, &source);
+        let roots = Arc::clone(&self.roots);
         let resolver = self.resolver.get_or_insert_with(Resolver::system).clone();
         self.running.spawn(async move {
             let answer = match way {
                 Ok(way) => {
-                    let ask = Ask { uri: &source.0, limit, roots: SYSTEM_ROOTS, way };
+                    let ask = Ask { uri: &source.0, limit, roots: &roots, way };
                     jwks::fetch(&ask, &resolver).await
                 }
                 Err(why) => Err(why),
@@ -278,7 +287,7 @@ impl Fetches {
 }
 
 /// How to get to a cluster's servers: hosts that are not known to be bad first.
-fn way(snapshot: &Snapshot, cluster: &str) -> Result<Way, String> {
+fn way(snapshot: &Snapshot, (uri, cluster): &Source) -> Result<Way, String> {
     if cluster.is_empty() {
         return Ok(Way::Straight);
     }
@@ -288,7 +297,11 @@ fn way(snapshot: &Snapshot, cluster: &str) -> Result<Way, String> {
     hosts.sort_by_key(|host| !host.is_eligible());
     let door = |host: &&Arc<crate::snapshot::Host>| match cluster.transport(host) {
         Transport::Raw => Ok(Door { address: host.address, tls: None }),
-        Transport::Tls(tls) => Ok(Door { address: host.address, tls: Some((tls.clone(), tls.sni().to_owned())) }),
+        Transport::Tls(tls) => {
+            let automatic = tls.sni().is_empty() && (tls.auto_sni() || cluster.config.http.auto_sni);
+            let name = if automatic { jwks::host(uri) } else { tls.sni().to_owned() };
+            Ok(Door { address: host.address, tls: Some((tls.clone(), name)) })
+        }
         other => Err(format!("cluster {}: {other:?} is not spoken for keys", cluster.name)),
     };
     Ok(Way::Cluster(hosts.iter().map(door).collect::<Result<_, _>>()?))

@@ -7,6 +7,7 @@ use std::sync::Mutex;
 use http::{HeaderMap, HeaderValue, Method};
 use jsonwebtoken::{EncodingKey, Header};
 use proxy_config::WhoAmI;
+use proxy_config::model::{Address, ClusterKind, Endpoint, Endpoints, HealthStatus, LocalityEndpoints};
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
@@ -220,4 +221,53 @@ async fn an_issuer_alone_is_asked_where_its_keys_are() {
     tokio::time::timeout(SOON, control.keys.changed(&snapshot)).await.unwrap();
     let (filled, rejects) = control.keys.fill(&control.model.clone());
     assert_eq!((known(&filled).as_deref(), rejects.len()), (Some(&*keys("one")), 0));
+}
+
+#[tokio::test]
+async fn keys_behind_a_cluster() {
+    let server = Publisher::start(&keys("one")).await;
+    let dir = tempfile::tempdir().unwrap();
+    let mut control =
+        Control::start(settings(dir.path(), "{issuer: i, jwksUri: 'http://issuer.example/keys'}")).unwrap();
+    // As a control plane says it that leaves the fetching to proxies.
+    let mut said = (*control.model).clone();
+    for listener in said.listeners.values_mut() {
+        let listener = Arc::make_mut(listener);
+        for filter in listener.filter_chains.iter_mut().flat_map(|chain| &mut chain.filters) {
+            let NetworkFilter::Http(manager) = filter else { continue };
+            for filter in &mut manager.filters {
+                let HttpFilter::JwtAuthn(jwt) = filter else { continue };
+                for provider in jwt.providers.values_mut() {
+                    let JwksSource::Remote { cluster, .. } = &mut provider.jwks else { continue };
+                    *cluster = "issuers".into();
+                }
+            }
+        }
+    }
+    control.model = Arc::new(said.clone());
+    control.publish(Vec::new());
+    assert_eq!(verdict(&control.published(), &token("one")), Err(Denied::NotFetched));
+    let news = tokio::time::timeout(SOON, control.new_keys()).await.unwrap();
+    let told = news.rejects.iter().any(|r| r.to_string().contains("there is no cluster issuers"));
+    assert!(told, "{:?}", news.rejects);
+
+    let mut cluster = (**said.clusters.values().next().unwrap()).clone();
+    let endpoint = Endpoint {
+        address: Address::Socket(server.address),
+        health: HealthStatus::Healthy,
+        weight: 1,
+        transport_labels: BTreeMap::new(),
+        workload: String::new(),
+        hostname: String::new(),
+        metadata: BTreeMap::new(),
+    };
+    let group = LocalityEndpoints { endpoints: vec![endpoint], ..LocalityEndpoints::default() };
+    cluster.name = "issuers".into();
+    cluster.kind = ClusterKind::Static(Endpoints { localities: vec![group], ..Endpoints::default() });
+    (cluster.transport, cluster.transport_matches) = (proxy_config::model::Transport::Raw, Vec::new());
+    said.clusters.insert("issuers".into(), Arc::new(cluster));
+    control.model = Arc::new(said);
+    control.publish(Vec::new());
+    let news = tokio::time::timeout(SOON, control.new_keys()).await.unwrap();
+    assert_eq!(verdict(&news, &token("one")), Ok(1));
 }

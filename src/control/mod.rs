@@ -176,6 +176,10 @@ impl Control {
     pub fn start(settings: Settings) -> Result<Self> {
         let proxy = Arc::new(Proxy::default());
         let secrets = settings.certs.renewed(&Secrets::new())?;
+        let roots = match &settings.input {
+            Input::Yaml(paths) => paths.jwks_roots.clone(),
+            _ => None,
+        };
         let mut control = Self {
             settings,
             loaded: None,
@@ -187,7 +191,7 @@ impl Control {
             proxy,
             stamps: Vec::new(),
             streamed: Shared::default(),
-            keys: jwks::Fetches::default(),
+            keys: jwks::Fetches::new(roots),
             keeper: None,
             kept: None,
         };

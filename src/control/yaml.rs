@@ -14,6 +14,8 @@ pub struct Paths {
     pub mesh: Option<PathBuf>,
     /// MeshNetworks.
     pub networks: Option<PathBuf>,
+    /// Roots (PEM) that https servers of token keys are checked by; the operating system's when absent.
+    pub jwks_roots: Option<PathBuf>,
 }
 
 impl Paths {

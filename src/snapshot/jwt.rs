@@ -5,13 +5,13 @@
 //! where no token is required a bad one still is no "none". Where Envoy changes the request before the whole is decided, we
 //! do so only for what is accepted in the end.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use http::header::{ACCESS_CONTROL_REQUEST_METHOD, HeaderName, HeaderValue, ORIGIN};
 use http::{HeaderMap, Method};
 use proxy_config::model::{self, JwksSource, JwtRequirement};
+use smallvec::SmallVec;
 use tokio::sync::Notify;
 
 use super::jwks::Keys;
@@ -138,31 +138,45 @@ pub struct Grant {
 /// Tokens that were verified. Two generations: what is used stays, what is not goes, and neither costs a search.
 #[derive(Debug, Default)]
 pub struct JwtCache {
-    young: HashMap<(u64, Box<str>), Arc<Verified>>,
-    old: HashMap<(u64, Box<str>), Arc<Verified>>,
+    young: Generation,
+    old: Generation,
+}
+
+/// Only verified tokens get in, so nobody can fill a bucket with others.
+type Generation = hashbrown::HashMap<Key, Arc<Verified>, foldhash::quality::RandomState>;
+
+/// Provider and token.
+#[derive(Debug, PartialEq, Eq, Hash)]
+struct Key(u64, Box<str>);
+
+/// The same, borrowed from a request.
+#[derive(Hash)]
+struct Asked<'t>(u64, &'t str);
+
+impl hashbrown::Equivalent<Key> for Asked<'_> {
+    fn equivalent(&self, key: &Key) -> bool {
+        self.0 == key.0 && *self.1 == *key.1
+    }
 }
 
 impl JwtCache {
     fn get(&mut self, provider: u64, token: &str) -> Option<Arc<Verified>> {
-        if token.len() > LONGEST_REMEMBERED {
-            return None;
-        }
-        let key = (provider, Box::from(token));
-        if let Some(found) = self.young.get(&key) {
+        let asked = Asked(provider, token);
+        if let Some(found) = self.young.get(&asked) {
             return Some(Arc::clone(found));
         }
-        let found = self.old.remove(&key)?;
+        let (key, found) = self.old.remove_entry(&asked)?;
         self.put(key, &found);
         Some(found)
     }
 
     fn insert(&mut self, provider: u64, token: &str, verified: &Arc<Verified>) {
         if token.len() <= LONGEST_REMEMBERED {
-            self.put((provider, token.into()), verified);
+            self.put(Key(provider, token.into()), verified);
         }
     }
 
-    fn put(&mut self, key: (u64, Box<str>), verified: &Arc<Verified>) {
+    fn put(&mut self, key: Key, verified: &Arc<Verified>) {
         if self.young.len() >= REMEMBERED {
             self.old = std::mem::take(&mut self.young);
         }
@@ -349,7 +363,7 @@ struct Check<'c, 'r> {
     now: u64,
     cache: &'c mut JwtCache,
     /// Providers that were asked already; an expression may name one several times.
-    known: Vec<Option<Outcome>>,
+    known: SmallVec<[Option<Outcome>; 2]>,
 }
 
 impl Check<'_, '_> {

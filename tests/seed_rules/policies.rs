@@ -196,3 +196,37 @@ fn t58_another_trust_domain() {
     ];
     check(&world, DATABASE, &rows);
 }
+
+#[test]
+fn what_a_token_changes_is_explained() {
+    let authn = "apiVersion: security.istio.io/v1\nkind: RequestAuthentication\nmetadata: {name: t, namespace: payments}\n\
+        spec: {selector: {matchLabels: {app: payment-service}}, jwtRules: [{issuer: i, \
+        jwks: '{\"keys\":[{\"kty\":\"oct\",\"k\":\"c2VjcmV0\"}]}'}]}\n";
+    let authz = "apiVersion: security.istio.io/v1\nkind: AuthorizationPolicy\nmetadata: {name: t, namespace: payments}\n\
+        spec: {selector: {matchLabels: {app: payment-service}}, action: DENY, \
+        rules: [{from: [{source: {notRequestPrincipals: [\"i/*\"]}}], to: [{operation: {paths: [/api/*]}}]}]}\n";
+    let world = Yaml::seed().with("authn", authn).with("authz", authz).load(Who::Vm);
+    assert_eq!(world.errors(), Vec::<String>::new());
+    let token = |claims: Value| {
+        let key = jsonwebtoken::EncodingKey::from_secret(b"secret");
+        jsonwebtoken::encode(&jsonwebtoken::Header::default(), &claims, &key).expect("a token")
+    };
+    let ask = |authorization: &str| {
+        let mut call = call(VM, (FE, "GET", 8080, "/api/v1/x"));
+        call["headers"] = json!({"authorization": authorization});
+        world.ask(&call)
+    };
+    let verdict = |authorization: &str| {
+        let answer = ask(authorization);
+        let jwt = answer.policies.iter().find(|policy| policy.filter == "jwt").expect("it is asked").to_string();
+        (outcome(&answer), jwt)
+    };
+    let bearer = |claims: Value| format!("Bearer {}", token(claims));
+    let denied = "403 [ns[payments]-policy[t]-rule[0]]".to_owned();
+    assert_eq!(verdict(""), (denied, "jwt allows: no token is needed".to_owned()));
+    let good = verdict(&bearer(json!({"iss": "i", "sub": "s"})));
+    assert_eq!(good, (APP.to_owned(), "jwt allows: a token is good".to_owned()));
+    let stranger = verdict(&bearer(json!({"iss": "j", "sub": "s"})));
+    assert_eq!(stranger.1, "jwt denies: Jwt issuer is not configured");
+    assert_eq!(stranger.0, "401 jwt_authn_access_denied{Jwt_issuer_is_not_configured}");
+}

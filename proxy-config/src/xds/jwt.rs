@@ -153,4 +153,32 @@ mod tests {
         let expected = vec![JwtRequirement::Provider("p".to_owned()), JwtRequirement::AllowMissing];
         assert_eq!(requirement(of(any)), Ok(JwtRequirement::Any(expected)));
     }
+
+    #[test]
+    fn what_changes_nothing_here_is_no_reason_to_refuse() {
+        let provider = pb::JwtProvider {
+            clear_route_cache: true,
+            jwt_cache_config: Some(pb::JwtCacheConfig { jwt_cache_size: 9, ..Default::default() }),
+            ..Default::default()
+        };
+        let audiences = pb::ProviderWithAudiences { provider_name: "p".to_owned(), audiences: vec!["a".to_owned()] };
+        let kind = jwt_requirement::RequiresType::ProviderAndAudiences(audiences);
+        let rule = pb::RequirementRule {
+            r#match: Some(envoy_types::pb::envoy::config::route::v3::RouteMatch {
+                path_specifier: Some(route_match::PathSpecifier::Prefix("/".to_owned())),
+                ..Default::default()
+            }),
+            requirement_type: Some(requirement_rule::RequirementType::Requires(pb::JwtRequirement {
+                requires_type: Some(kind),
+            })),
+        };
+        let filter = pb::JwtAuthentication {
+            providers: [("p".to_owned(), provider)].into(),
+            rules: vec![rule],
+            ..Default::default()
+        };
+        let read = authn(filter, &mut Reader::default()).expect("all of it is understood");
+        let expected = JwtRequirement::ProviderAndAudiences("p".to_owned(), vec!["a".to_owned()]);
+        assert_eq!(read.rules, [("/".to_owned(), expected)]);
+    }
 }
