@@ -213,7 +213,7 @@ pub(super) struct Fetches {
 impl Fetches {
     /// Nothing yet; `roots` is a PEM file, the system's when absent.
     pub(super) fn new(roots: Option<PathBuf>) -> Self {
-        let roots = roots.map_or(SYSTEM_ROOTS.into(), |file| format!("file-root:{}", file.display()).into());
+        let roots = roots.map_or_else(|| SYSTEM_ROOTS.into(), |file| format!("file-root:{}", file.display()).into());
         Self { store: Store::default(), roots, running: JoinSet::new(), resolver: None }
     }
 

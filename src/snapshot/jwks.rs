@@ -64,13 +64,16 @@ struct Said {
     k: Option<String>,
 }
 
+/// Where a key stands in a set, and the key or why it is none.
+type Entry = (String, Result<Key, String>);
+
 impl Keys {
     /// The keys of a set, and why others are left out. An error when none remains.
     pub(super) fn parse(text: &str) -> Result<(Self, Vec<String>), String> {
         let value: Value = serde_json::from_str(text).map_err(|e| format!("no JSON: {e}"))?;
         let mut left_out = Vec::new();
         let mut keys = Vec::new();
-        let entries: Vec<(String, Result<Key, String>)> = match value.get("keys") {
+        let entries: Vec<Entry> = match value.get("keys") {
             Some(Value::Array(list)) => {
                 list.iter().enumerate().map(|(i, said)| (format!("keys[{i}]"), Key::read(said))).collect()
             }
@@ -119,7 +122,7 @@ pub fn check(text: &str) -> Result<(), String> {
 }
 
 /// `{"kid": "-----BEGIN CERTIFICATE-----…"}`, as some providers publish their RSA keys.
-fn certificates(value: &Value) -> Result<Vec<(String, Result<Key, String>)>, String> {
+fn certificates(value: &Value) -> Result<Vec<Entry>, String> {
     let missing = || "there is no \"keys\"".to_owned();
     let map = value.as_object().filter(|map| !map.is_empty()).ok_or_else(missing)?;
     let mut out = Vec::new();

@@ -14,12 +14,15 @@ use super::metadata::Metadata;
 /// Under which name policies find it.
 const FILTER: &str = "envoy.filters.http.jwt_authn";
 
+/// Keys to descend.
+type Path = Box<[Box<str>]>;
+
 /// What one provider's tokens tell.
 #[derive(Debug)]
 pub(super) struct Claims {
     payload_header: Option<HeaderName>,
     /// Header, and the claim's path.
-    headers: Box<[(HeaderName, Box<[Box<str>]>)]>,
+    headers: Box<[(HeaderName, Path)]>,
     /// Key of the payload in the metadata; empty: not there.
     metadata_key: Box<str>,
     space_delimited: Box<[Box<str>]>,
@@ -34,7 +37,7 @@ impl Claims {
         let name =
             |text: &str| HeaderName::from_bytes(text.as_bytes()).map_err(|_| format!("{text:?} is no header name"));
         let header = |(header, claim): &(String, String)| {
-            Ok::<_, String>((name(header)?, claim.split('.').map(Box::from).collect::<Box<[Box<str>]>>()))
+            Ok::<_, String>((name(header)?, claim.split('.').map(Box::from).collect::<Path>()))
         };
         let payload = &said.forward_payload_header;
         Ok(Self {
