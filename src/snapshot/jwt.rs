@@ -15,6 +15,7 @@ use smallvec::SmallVec;
 use tokio::sync::Notify;
 
 use super::jwks::Keys;
+use super::jwt_cache::JwtCache;
 use super::jwt_claims::Claims;
 use super::jwt_place::{Place, Places};
 use super::jwt_token::{Denied, Token};
@@ -24,11 +25,6 @@ use super::{Name, RequestView};
 
 /// Seconds that clocks may differ, when configuration does not say.
 const CLOCK_SKEW: u64 = 60;
-/// Verified tokens that are remembered, in each of two generations.
-const REMEMBERED: usize = 512;
-/// Longer tokens are verified every time.
-const LONGEST_REMEMBERED: usize = 8 * 1024;
-
 /// The filter.
 #[derive(Debug)]
 pub struct Jwt {
@@ -112,7 +108,7 @@ enum Need {
 }
 
 /// What a good token brings.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Verified {
     /// Headers for the application, in order.
     pub headers: Box<[(HeaderName, HeaderValue)]>,
@@ -133,55 +129,6 @@ pub struct Grant {
     pub forward: bool,
     /// What it brings.
     pub verified: Arc<Verified>,
-}
-
-/// Tokens that were verified. Two generations: what is used stays, what is not goes, and neither costs a search.
-#[derive(Debug, Default)]
-pub struct JwtCache {
-    young: Generation,
-    old: Generation,
-}
-
-/// Only verified tokens get in, so nobody can fill a bucket with others.
-type Generation = hashbrown::HashMap<Key, Arc<Verified>, foldhash::quality::RandomState>;
-
-/// Provider and token.
-#[derive(Debug, PartialEq, Eq, Hash)]
-struct Key(u64, Box<str>);
-
-/// The same, borrowed from a request.
-#[derive(Hash)]
-struct Asked<'t>(u64, &'t str);
-
-impl hashbrown::Equivalent<Key> for Asked<'_> {
-    fn equivalent(&self, key: &Key) -> bool {
-        self.0 == key.0 && *self.1 == *key.1
-    }
-}
-
-impl JwtCache {
-    fn get(&mut self, provider: u64, token: &str) -> Option<Arc<Verified>> {
-        let asked = Asked(provider, token);
-        if let Some(found) = self.young.get(&asked) {
-            return Some(Arc::clone(found));
-        }
-        let (key, found) = self.old.remove_entry(&asked)?;
-        self.put(key, &found);
-        Some(found)
-    }
-
-    fn insert(&mut self, provider: u64, token: &str, verified: &Arc<Verified>) {
-        if token.len() <= LONGEST_REMEMBERED {
-            self.put(Key(provider, token.into()), verified);
-        }
-    }
-
-    fn put(&mut self, key: Key, verified: &Arc<Verified>) {
-        if self.young.len() >= REMEMBERED {
-            self.old = std::mem::take(&mut self.young);
-        }
-        self.young.insert(key, Arc::clone(verified));
-    }
 }
 
 impl Jwt {

@@ -21,6 +21,7 @@ mod compile;
 mod host;
 mod jwks;
 mod jwt;
+mod jwt_cache;
 mod jwt_claims;
 mod jwt_place;
 #[cfg(test)]
@@ -54,7 +55,8 @@ pub use host::{
     Breakers, Ejection, Failures, Gauge, Host, HostSet, HostStats, LocalityHosts, Priority, Totals, Window,
 };
 pub use jwks::check as check_jwks;
-pub use jwt::{Grant, Jwt, JwtCache, KeyBell, KeySource, metadata_of};
+pub use jwt::{Grant, Jwt, KeyBell, KeySource, Verified, metadata_of};
+pub use jwt_cache::JwtCache;
 pub use jwt_place::{Place, without_param};
 pub use jwt_token::Denied;
 pub use listener::{ChainInput, Inspect, Listener};
