@@ -247,7 +247,7 @@ async fn keys_behind_a_cluster() {
     control.model = Arc::new(said.clone());
     control.publish(Vec::new());
     assert_eq!(verdict(&control.published(), &token("one")), Err(Denied::NotFetched));
-    let news = tokio::time::timeout(SOON, control.new_keys()).await.unwrap();
+    let news = tokio::time::timeout(SOON, control.new_answers()).await.unwrap();
     let told = news.rejects.iter().any(|r| r.to_string().contains("there is no cluster issuers"));
     assert!(told, "{:?}", news.rejects);
 
@@ -268,6 +268,6 @@ async fn keys_behind_a_cluster() {
     said.clusters.insert("issuers".into(), Arc::new(cluster));
     control.model = Arc::new(said);
     control.publish(Vec::new());
-    let news = tokio::time::timeout(SOON, control.new_keys()).await.unwrap();
+    let news = tokio::time::timeout(SOON, control.new_answers()).await.unwrap();
     assert_eq!(verdict(&news, &token("one")), Ok(1));
 }
