@@ -124,7 +124,13 @@ impl HttpConn {
         self.metrics.rq_total.inc();
         self.metrics.rq_active.inc();
         match version {
-            Version::HTTP_2 => self.metrics.rq_http2_total.inc(),
+            Version::HTTP_2 => {
+                self.metrics.rq_http2_total.inc();
+                // HTTP/1 says it with the response.
+                if self.is_used_up() {
+                    self.counts.use_up();
+                }
+            }
             _ => self.metrics.rq_http1_total.inc(),
         }
     }
@@ -134,11 +140,14 @@ impl HttpConn {
         self.counts.request_ends(self.conn.start.elapsed());
     }
 
+    fn is_used_up(&self) -> bool {
+        let most = self.chain.options.max_requests_per_connection;
+        most.is_some_and(|max| self.counts.requests() >= max)
+    }
+
     /// Whether the current request is the last one of its connection.
     pub(super) fn is_last_request(&self) -> bool {
-        let most = self.chain.options.max_requests_per_connection;
-        let used_up = most.is_some_and(|max| self.counts.requests() >= max);
-        used_up || self.counts.is_outdated() || self.conn.env.drain.is_leaving()
+        self.is_used_up() || self.counts.is_outdated() || self.conn.env.drain.is_leaving()
     }
 }
 
@@ -282,6 +291,7 @@ pub(super) async fn until_goodbye(live: &Live, drain: &mut Watch, codec: Codec, 
         let next = [idle, oldest, silent].into_iter().flatten().min();
         tokio::select! {
             () = leaving(drain, codec) => return Goodbye::Leaving,
+            () = http.counts.used_up(), if codec == Codec::Http2 => return Goodbye::Outdated,
             Ok(()) = views.changed() => continue,
             () = until(next) => {}
         }

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use crossbeam_utils::CachePadded;
 use proxy_config::model::TransportProtocol;
+use tokio::sync::Notify;
 use tokio::time::Instant;
 
 use super::conn::{Conn, check_policy};
@@ -66,6 +67,8 @@ pub(super) struct Counts {
     hasty: AtomicU32,
     /// Nothing is half read or half written.
     at_rest: AtomicBool,
+    /// Told when the connection has had as many requests as it may.
+    used_up: Notify,
 }
 
 /// As many requests are looked at before a client is judged by how many it gives up.
@@ -84,7 +87,18 @@ impl Counts {
             barred: AtomicBool::new(false),
             hasty: AtomicU32::new(0),
             at_rest: AtomicBool::new(true),
+            used_up: Notify::new(),
         }
+    }
+
+    /// The connection has had as many requests as it may.
+    pub(super) fn use_up(&self) {
+        self.used_up.notify_one();
+    }
+
+    /// Waits until it has.
+    pub(super) async fn used_up(&self) {
+        self.used_up.notified().await;
     }
 
     /// Says whether nothing is half read or half written.

@@ -804,6 +804,23 @@ async fn the_last_request_of_a_connection_closes_it() {
     assert!(client.rest().await.contains("connection: close\r\n"));
 }
 
+#[tokio::test]
+async fn the_last_request_of_an_http2_connection_closes_it() {
+    let app = App::start(OK, false).await;
+    let said =
+        HttpConnectionManager { max_requests_per_connection: Some(2), ..manager(vec![forward("/")], Vec::new()) };
+    let mesh = Mesh::managed(&app, said);
+    let io = TokioIo::new(mesh.connect().stream);
+    let (mut sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), io).await.unwrap();
+    let ended = tokio::spawn(connection);
+    for _ in 0..2 {
+        assert!(!ended.is_finished());
+        let response = sender.send_request(post("/", "a")).await.unwrap();
+        assert_eq!(response.into_body().collect().await.unwrap().to_bytes(), "ok\n");
+    }
+    tokio::time::timeout(LIMIT, ended).await.expect("GOAWAY").unwrap().unwrap();
+}
+
 async fn http2(mesh: &Mesh) -> SendRequest<Full<Bytes>> {
     let io = TokioIo::new(mesh.connect().stream);
     let (sender, connection) = hyper::client::conn::http2::handshake(TokioExecutor::new(), io).await.unwrap();

@@ -223,6 +223,85 @@ fn a_sidecar_decides_what_is_seen_and_served() {
     assert!(inbound(&tls).filter_chains[1..].iter().all(|c| c.unusable.is_some()), "its TLS is not served");
 }
 
+fn with_sidecar(spec: &str, node: &str) -> Loaded {
+    let mut sources = seed(&[]);
+    sources.push(sidecar(spec));
+    load(sources, node)
+}
+
+fn names<T>(of: &BTreeMap<crate::model::Name, T>, part: &str) -> Vec<String> {
+    of.keys().filter(|n| n.contains(part)).map(|n| n.to_string()).collect()
+}
+
+#[test]
+fn egress_listeners_see_their_own_hosts() {
+    let own =
+        "{egress: [{port: {number: 8080, protocol: HTTP, name: p}, hosts: ['payments/*']}, {hosts: ['hybrid-app/*']}]}";
+    let loaded = with_sidecar(own, VM);
+    assert_eq!(names(&loaded.model.listeners, "_"), ["0.0.0.0_5432", "0.0.0.0_8080"]);
+    assert_eq!(names(&loaded.model.clusters, "outbound|9090"), [""; 0], "the other port of the service is not seen");
+    let hosts: Vec<&str> = loaded.model.routes["8080"].virtual_hosts.iter().map(|v| &*v.name).collect();
+    assert_eq!(hosts, ["payment-service.payments.svc.cluster.local:8080", "allow_any"]);
+}
+
+#[test]
+fn a_forward_proxy_is_asked_for_every_port() {
+    let proxy = "{egress: [{port: {number: 3128, protocol: HTTP_PROXY, name: p}, bind: 127.0.0.1, captureMode: NONE, \
+                 hosts: ['payments/*']}]}";
+    let loaded = with_sidecar(proxy, VM);
+    assert!(loaded.model.listeners["127.0.0.1_3128"].bind_to_port);
+    let table = &loaded.model.routes["3128"];
+    let domains: Vec<&String> = table.virtual_hosts.iter().flat_map(|v| &v.domains).collect();
+    for known in ["payment-service:8080", "payment-service.payments:9090"] {
+        assert!(domains.iter().any(|d| *d == known), "{known} in {domains:?}");
+    }
+    assert!(!table.ignore_port_in_host_matching);
+}
+
+#[test]
+fn without_capture_everything_listens() {
+    let node = VM.replace("\"NETWORK\"", "\"INTERCEPTION_MODE\": \"NONE\", \"NETWORK\"");
+    let ingress = "{ingress: [{port: {number: 9999, protocol: HTTP, name: h}, defaultEndpoint: '127.0.0.1:80'}]}";
+    let loaded = with_sidecar(ingress, &node);
+    let listeners = &loaded.model.listeners;
+    assert!(listeners.values().all(|l| l.bind_to_port && !l.use_original_dst), "{:?}", listeners.keys());
+    assert!(listeners.contains_key("10.0.1.5_9999") && listeners.contains_key("127.0.0.1_5432"));
+    assert!(names(listeners, "virtual").is_empty());
+    assert_eq!(names(&loaded.model.clusters, "inbound|"), ["inbound|9999||"]);
+}
+
+#[test]
+fn a_sidecars_own_tls_takes_the_place_of_no_mtls() {
+    let mode = |mode: &str| {
+        let policy = format!(
+            "apiVersion: security.istio.io/v1\nkind: PeerAuthentication\nmetadata: {{name: p, namespace: payments}}\n\
+             spec: {{selector: {{matchLabels: {{app: payment-service}}}}, portLevelMtls: {{9999: {{mode: {mode}}}}}}}\n"
+        );
+        let own = "{ingress: [{port: {number: 9999, protocol: HTTPS, name: h}, defaultEndpoint: '127.0.0.1:80', \
+                   tls: {mode: MUTUAL, serverCertificate: /c, privateKey: /k, caCertificates: /r}}]}";
+        let mut sources = seed(&["y11"]);
+        sources.extend([sidecar(own), file("p.yaml", &policy)]);
+        let loaded = load(sources, VM);
+        let chains = inbound(&loaded).filter_chains.iter().filter(|c| c.matches.destination_port == Some(9999));
+        let tls = |c: &crate::model::FilterChain| {
+            c.tls.as_ref().map(|t| (t.common.certificates[0].to_string(), t.require_client_certificate))
+        };
+        chains.map(tls).collect::<Vec<_>>()
+    };
+    assert_eq!(mode("DISABLE"), [Some(("file-cert:/c~/k".to_owned(), true))]);
+    assert!(mode("STRICT").iter().flatten().all(|(certificate, _)| certificate == "default"));
+    for broken in [
+        "{mode: SIMPLE}",
+        "{mode: ISTIO_MUTUAL}",
+        "{mode: SIMPLE, credentialName: c}",
+        "{mode: MUTUAL, serverCertificate: c, privateKey: k}",
+    ] {
+        let own = format!("{{ingress: [{{port: {{number: 9999, protocol: TLS, name: h}}, tls: {broken}}}]}}");
+        let loaded = with_sidecar(&own, VM);
+        assert!(inbound(&loaded).filter_chains[1..].iter().all(|c| c.unusable.is_some()), "{broken}");
+    }
+}
+
 #[test]
 fn istios_own_validation_holds() {
     let of = |kind: &str, spec: &str| {
