@@ -169,6 +169,7 @@ async fn serve(
         return Err(anyhow!(e).context(format!("cannot listen on {address}")));
     }
     observe::published(&first, &telemetry);
+    observe::forget_unused(&first.proxy, &telemetry);
     let (publish, published) = watch::channel(first);
     let drain = Arc::new(drain);
     let state = process.ports.state(published.clone(), &telemetry, &drain, workers.handles());

@@ -201,6 +201,7 @@ impl Start {
         });
         let env = Arc::new(env.with_telemetry(shard, self.settings.logs.sink()));
         tokio::spawn(follow(self.settings.snapshots, Arc::clone(&env)));
+        tokio::spawn(proxy::export(Arc::clone(&env)));
         tokio::spawn(measure_lag(Arc::clone(&self.loads), self.index));
         let worker = Worker {
             index: self.index,

@@ -100,7 +100,15 @@ pub(super) fn termination_drain(proxy_config: &str) -> Option<Duration> {
 /// Who we are, for peers and logs.
 pub(super) fn node(proxy: &Proxy) -> Node {
     let id = HeaderValue::try_from(id(proxy)).ok();
-    Node { id, workload: Arc::new(workload(proxy)), hostname: proxy.name.clone() }
+    Node { id, workload: Arc::new(workload(proxy)), hostname: proxy.name.clone(), service: service(proxy) }
+}
+
+/// The name of this service in traces: `APP.NAMESPACE`, else the workload's.
+fn service(proxy: &Proxy) -> String {
+    let named = proxy.labels.get("app").or_else(|| proxy.labels.get("service.istio.io/canonical-name"));
+    let workload = proxy.metadata.get("WORKLOAD_NAME").and_then(|name| name.as_str());
+    let name = named.map(String::as_str).or(workload).unwrap_or(&proxy.name);
+    format!("{name}.{}", proxy.namespace)
 }
 
 /// The node's id, as it is on the stream.

@@ -3,14 +3,20 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 use proxy_config::Severity;
 use proxy_config::compile::settings::TEXT_FORMAT;
+use proxy_config::istio::common::parse_duration;
 use proxy_config::registry::Proxy;
+use tokio::time::Instant;
 
 use crate::control::Published;
 use crate::telemetry::{LogOptions, Logs, NodeLabels, Telemetry};
+
+/// Series are not looked through more often.
+const SHORTEST_LOOK: Duration = Duration::from_millis(100);
 
 /// Counters, with every panic among them.
 pub(super) fn telemetry(proxy: &Proxy) -> Arc<Telemetry> {
@@ -24,6 +30,21 @@ pub(super) fn telemetry(proxy: &Proxy) -> Arc<Telemetry> {
         print(info);
     }));
     telemetry
+}
+
+/// Forgets series that nobody counted in for as long as the pod's annotation says; for ever, when it says nothing.
+pub(super) fn forget_unused(proxy: &Proxy, telemetry: &Arc<Telemetry>) {
+    let annotations = proxy.metadata.get("ANNOTATIONS");
+    let said = annotations.and_then(|all| all.get("sidecar.istio.io/statsEvictionInterval")?.as_str());
+    let Some(interval) = said.and_then(parse_duration).filter(|interval| !interval.is_zero()) else { return };
+    let telemetry = Arc::clone(telemetry);
+    tokio::spawn(async move {
+        let mut ticks = tokio::time::interval((interval / 2).max(SHORTEST_LOOK));
+        loop {
+            ticks.tick().await;
+            telemetry.forget(interval, Instant::now());
+        }
+    });
 }
 
 /// Access logs. Without a control plane (`alone`) the text log is on, as Istio's default configuration has it; a record

@@ -21,8 +21,8 @@ use crate::error::{Error, Flags};
 use crate::net::grpc::Messages;
 use crate::snapshot::Name;
 use crate::telemetry::{
-    Captured, Facts, Headers, Labels, Overrides, Peer, Protocol, Record, RecordKind, Reporter, Service, Sizes, Stats,
-    Values,
+    Captured, Facts, Headers, Labels, Overrides, Peer, Protocol, Record, RecordKind, Reporter, Service, Sizes,
+    SpanContext, SpanNames, Stats, Values,
 };
 use crate::upstream::{ClusterLocal, Progress, Trace};
 
@@ -53,6 +53,10 @@ pub(super) struct Ctx {
     pub(super) remote: IpAddr,
     /// What the client said of its workload inbound, the server outbound.
     pub(super) peer: Option<Arc<Peer>>,
+    /// Its place in its trace, where there is somebody to report to.
+    pub(super) span: Option<SpanContext>,
+    /// What it does, in words of its route.
+    pub(super) operation: Option<HeaderValue>,
     /// Which of our peer metadata the client gets.
     pub(super) asked: Asked,
     /// Of a streamed request body.
@@ -104,6 +108,8 @@ impl Ctx {
             request_headers: http.logs.capture_request(&head.headers),
             remote: http.conn.peer.ip(),
             peer: None,
+            span: None,
+            operation: None,
             asked: Asked::default(),
             progress,
             code: 0,
@@ -205,7 +211,17 @@ impl Ctx {
         if let Some(sink) = env.log().filter(|sink| sink.wants(&self.http.logs)) {
             sink.log(&self.record(duration), &self.http.logs);
         }
+        self.report_span(duration);
         self.http.request_ends();
+    }
+
+    fn report_span(&self, duration: Duration) {
+        let (Some(tracer), Some(span)) = (&self.http.chain.options.tracer, self.span) else { return };
+        let env = &self.http.conn.env;
+        if let Some(sink) = env.log().filter(|_| span.sampled) {
+            let operation = self.operation.as_ref().and_then(|name| name.to_str().ok()).unwrap_or_default();
+            sink.span(tracer, &span, &self.record(duration), SpanNames { operation, service: &env.node.service });
+        }
     }
 
     fn count(&self, duration: Duration) {

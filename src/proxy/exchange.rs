@@ -27,7 +27,7 @@ const LONGEST: usize = 64 * 1024;
 pub(super) enum Known {
     /// Its frame has not come yet.
     NotYet,
-    /// Nothing was agreed on.
+    /// Nothing was agreed on, or nothing was told.
     NoExchange,
     /// It agreed and did not begin with a frame.
     NoHeader,
@@ -72,8 +72,12 @@ impl<S> Exchanged<S> {
 
     fn understood(&mut self, frame: Option<&[u8]>) {
         let additional = self.said.as_ref().map_or(&[][..], |said| &said.additional);
-        let peer = frame.and_then(|frame| Workload::from_frame(frame, additional)).and_then(|(_, peer)| peer);
-        self.known.send_replace(peer.map_or(Known::Garbage, |peer| Known::Peer(Peer::new(peer))));
+        let known = match frame.and_then(|frame| Workload::from_frame(frame, additional)) {
+            None => Known::Garbage,
+            Some((_, None)) => Known::NoExchange,
+            Some((_, Some(peer))) => Known::Peer(Peer::new(peer)),
+        };
+        self.known.send_replace(known);
         self.state = State::Bytes;
     }
 }

@@ -16,6 +16,7 @@ mod cors;
 mod ctx;
 mod exchange;
 mod expiry;
+mod export;
 mod filters;
 mod hash;
 mod head;
@@ -35,6 +36,7 @@ mod request_id;
 mod respond;
 mod server_first;
 mod tcp;
+mod trace;
 mod upgrade;
 mod vars;
 mod watched;
@@ -50,6 +52,8 @@ use std::sync::{Arc, Mutex};
 use ::http::HeaderValue;
 use proxy_config::peer::Workload;
 use tokio::sync::watch;
+
+pub use export::run as export;
 
 use crate::drain::Watch;
 use crate::net::Stream;
@@ -78,6 +82,8 @@ pub struct Node {
     pub workload: Arc<Workload>,
     /// `%HOSTNAME%`
     pub hostname: String,
+    /// Our service in traces.
+    pub service: String,
 }
 
 impl Node {

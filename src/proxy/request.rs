@@ -25,7 +25,7 @@ use super::limits::Limits;
 use super::reply::Reply;
 use super::respond::{Answered, write_reply};
 use super::vars::{self, Facts};
-use super::{mirror, ops, peer_metadata};
+use super::{mirror, ops, peer_metadata, trace};
 use crate::error::{Error, Kind};
 use crate::snapshot::action::{Action, Forward, HostRewrite};
 use crate::snapshot::path::Outcome;
@@ -83,6 +83,9 @@ impl Script<'_> {
         normalise(head, self.http)?;
         let arrived = headers::on_request(head, options, self.http.origin(), || fastrand::u128(..))
             .map_err(|why| Box::new(Reply::of_malformed(why)))?;
+        if let Some(tracer) = &options.tracer {
+            self.ctx.span = Some(trace::begin(tracer, head));
+        }
         self.ctx.arrived(head, arrived.remote);
         if arrived.upgrade == Upgrade::Refused {
             return Err(Box::new(Reply { close: true, ..Reply::new(403, "upgrade_failed", "") }));
@@ -127,13 +130,18 @@ impl Script<'_> {
     fn note_route(&mut self, found: &Found<'_>, head: &mut Head) {
         self.ctx.route = Some(Arc::clone(&found.route.name));
         self.ctx.vhost = Some(Arc::clone(&found.vhost.name));
+        self.ctx.operation.clone_from(&found.route.decorator);
         if !self.http.conn.is_inbound() {
             if let Some(decorator) = &found.route.decorator {
                 head.headers.insert(headers::DECORATOR, decorator.clone());
             }
             return;
         }
-        let named = head.headers.remove(headers::DECORATOR).is_some_and(|name| !name.is_empty());
+        let said = head.headers.remove(headers::DECORATOR).filter(|name| !name.is_empty());
+        let named = said.is_some();
+        if named {
+            self.ctx.operation = said;
+        }
         self.decorator = found.route.decorator.clone().filter(|_| !named);
     }
 

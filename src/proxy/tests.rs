@@ -24,6 +24,8 @@ use crate::drain::{Drain, Phase};
 use crate::snapshot;
 use crate::tls::Secrets;
 
+mod export;
+
 const LIMIT: Duration = Duration::from_secs(5);
 
 /// An application that answers every request head with the same bytes and remembers the heads.

@@ -8,7 +8,7 @@ use proxy_config::model;
 
 use super::cluster::WeightedClusters;
 use super::{Jwt, Name, PeerMetadata, Rbac, RouteTable, TcpExchange};
-use crate::telemetry::{AccessLogs, Stats};
+use crate::telemetry::{AccessLogs, Stats, Tracer};
 use crate::tls::ServerTls;
 
 /// A filter chain.
@@ -206,4 +206,6 @@ pub struct HttpOptions {
     pub access_log: Arc<AccessLogs>,
     /// Tracing.
     pub tracing: Option<model::Tracing>,
+    /// Who spans are reported by; `None`: nobody.
+    pub tracer: Option<Arc<Tracer>>,
 }

@@ -15,7 +15,7 @@ use super::{
     AlpnRewrite, Chain, Filter, HttpChain, HttpFilter, HttpOptions, Jwt, KeyBell, Name, PeerMetadata, Rbac, TcpChain,
     TcpExchange, Terminal, route_compile,
 };
-use crate::telemetry::{AccessLogs, Stats};
+use crate::telemetry::{AccessLogs, Stats, Tracer};
 use crate::tls::{Secrets, ServerTls};
 
 /// Idle limit of TCP connections and of HTTP client connections.
@@ -153,6 +153,17 @@ impl Build<'_, '_> {
         }
     }
 
+    /// Traffic does not depend on being traced.
+    fn tracer(&mut self, said: Option<&model::Tracing>) -> Option<Arc<Tracer>> {
+        match said.map(Tracer::compile)? {
+            Ok(tracer) => tracer.map(Arc::new),
+            Err(why) => {
+                self.sink.error("tracing.provider", format!("{why} is not supported; nothing is reported"));
+                None
+            }
+        }
+    }
+
     fn stats(&mut self, said: &model::IstioStats) -> Arc<Stats> {
         let (stats, left_out) = Stats::compile(&said.config);
         for what in left_out {
@@ -186,13 +197,15 @@ impl Build<'_, '_> {
         let read =
             filters.iter().filter_map(|filter| if let HttpFilter::Stats(stats) = filter { Some(stats) } else { None });
         let logs = read.fold(logs, |logs, stats| logs.reading(stats.headers()));
+        let tracer = self.tracer(said.tracing.as_ref());
+        let logs = tracer.iter().fold(logs, |logs, tracer| logs.reading((tracer.headers(), Vec::new())));
         let routes = match &said.routes {
             model::RouteSource::Rds(name) => Routes::Rds(Arc::clone(name)),
             model::RouteSource::Inline(table) => {
                 Routes::Inline(Arc::new(route_compile::table(table, self.ids, &mut self.sink.at("route_config"))))
             }
         };
-        HttpChain { filters, options: options(said, Arc::new(logs), self.sink), routes }
+        HttpChain { filters, options: options(said, (Arc::new(logs), tracer), self.sink), routes }
     }
 
     /// `None`: nothing to do.
@@ -232,7 +245,11 @@ impl Build<'_, '_> {
     }
 }
 
-fn options(said: &HttpConnectionManager, access_log: Arc<AccessLogs>, sink: &mut Sink<'_>) -> HttpOptions {
+fn options(
+    said: &HttpConnectionManager,
+    (access_log, tracer): (Arc<AccessLogs>, Option<Arc<Tracer>>),
+    sink: &mut Sink<'_>,
+) -> HttpOptions {
     let server = if said.server_name.is_empty() { SERVER } else { &said.server_name };
     let server_name = HeaderValue::from_str(server).unwrap_or_else(|_| {
         sink.error("server_name", format!("{server:?} cannot be a header value"));
@@ -268,5 +285,6 @@ fn options(said: &HttpConnectionManager, access_log: Arc<AccessLogs>, sink: &mut
         internal_cidrs: said.internal_cidrs.as_slice().into(),
         access_log,
         tracing: said.tracing.clone(),
+        tracer,
     }
 }

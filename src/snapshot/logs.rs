@@ -1,10 +1,14 @@
 //! Access logs of the model, compiled for telemetry.
 
+use std::sync::Arc;
+
 use proxy_config::model;
 
 use super::compile::Sink;
 use crate::error::Flags;
-use crate::telemetry::{AccessLogs, Compare, Expression, LogFilter, LogShape, SaidLog};
+use crate::telemetry::{
+    AccessLogs, Compare, Expression, LogFilter, LogShape, RemoteShape, SaidLog, SaidRemote, Speaks, Target,
+};
 
 /// Compiles. A log whose sink or filter we do not do is left out by name; an operator that we do not know prints as
 /// absent.
@@ -26,8 +30,11 @@ pub(super) fn access_logs(said: &[model::AccessLog], sink: &mut Sink<'_>) -> Acc
 fn one(said: &model::AccessLog) -> Result<SaidLog<'_>, String> {
     let (path, format, omit_empty) = match &said.sink {
         model::LogSink::File { path, format, omit_empty } => (path, format, *omit_empty),
-        model::LogSink::Grpc { log_name, .. } => return Err(format!("gRPC access log service {log_name}")),
-        model::LogSink::OpenTelemetry { log_name, .. } => return Err(format!("OpenTelemetry access log {log_name}")),
+        remote => {
+            let shape = LogShape::Remote(Box::new(collector(remote)));
+            let filter = said.filter.as_ref().map(filter).transpose()?;
+            return Ok(SaidLog { path: "", shape, omit_empty: false, filter });
+        }
     };
     let shape = match format {
         model::LogFormat::Text(text) => LogShape::Text(text),
@@ -35,6 +42,44 @@ fn one(said: &model::AccessLog) -> Result<SaidLog<'_>, String> {
         model::LogFormat::Default => LogShape::Default,
     };
     Ok(SaidLog { path, shape, omit_empty, filter: said.filter.as_ref().map(filter).transpose()? })
+}
+
+/// A log that goes to a collector.
+fn collector(said: &model::LogSink) -> SaidRemote {
+    let (cluster, rest) = match said {
+        model::LogSink::Grpc { cluster, rest, .. } | model::LogSink::OpenTelemetry { cluster, rest, .. } => {
+            (cluster, rest)
+        }
+        model::LogSink::File { .. } => unreachable!("a file is none"),
+    };
+    let names = |key: &str| {
+        let list = rest[key].as_array().into_iter().flatten().filter_map(serde_json::Value::as_str);
+        list.filter_map(|name| name.to_ascii_lowercase().parse().ok()).collect()
+    };
+    let pairs = |key: &str| -> Vec<(String, String)> {
+        let fields = rest[key].as_object().into_iter().flatten();
+        fields.filter_map(|(name, value)| Some((name.clone(), value.as_str()?.to_owned()))).collect()
+    };
+    let (speaks, shape) = match said {
+        model::LogSink::Grpc { log_name, tcp, .. } => {
+            let request = names("additional_request_headers_to_log");
+            let response = names("additional_response_headers_to_log");
+            let shape = if *tcp { RemoteShape::Tcp } else { RemoteShape::Http { request, response } };
+            (Speaks::AccessLogService { log: log_name.clone(), tcp: *tcp }, shape)
+        }
+        _ => {
+            let mut resource = pairs("resource_attributes");
+            if let (model::LogSink::OpenTelemetry { log_name, .. }, false) =
+                (said, rest["disable_builtin_labels"] == true)
+            {
+                resource.push(("log_name".to_owned(), log_name.clone()));
+            }
+            let body = rest["body"].as_str().map(str::to_owned);
+            (Speaks::OtlpLogs(resource), RemoteShape::Otlp { body, attributes: pairs("attributes") })
+        }
+    };
+    let authority = rest["authority"].as_str().unwrap_or(cluster).to_owned();
+    SaidRemote { target: Target { cluster: Arc::clone(cluster), authority, speaks }, shape }
 }
 
 fn filter(said: &model::LogFilter) -> Result<LogFilter, String> {

@@ -10,7 +10,9 @@ use super::cel::Expression;
 use super::format::{Format, Segment};
 use super::json_log::put_json_text;
 use super::operator::{Op, Wrote};
+use super::outbox::Target;
 use super::record::Captured;
+use super::remote_log::{Entry, Remote};
 use crate::error::Flags;
 
 /// Envoy's own format, when a log names none.
@@ -38,14 +40,46 @@ pub struct SaidLog<'a> {
 }
 
 /// What a line looks like.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub enum LogShape<'a> {
+    /// No line in a file: an entry for a collector.
+    Remote(Box<SaidRemote>),
     /// Text with command operators; it ends its lines itself.
     Text(&'a str),
     /// A JSON object whose texts have command operators.
     Json(&'a Value),
     /// Envoy's default text.
     Default,
+}
+
+/// A log that goes to a collector.
+#[derive(Debug, Clone)]
+pub struct SaidRemote {
+    /// Where to.
+    pub target: Target,
+    /// What an entry holds.
+    pub shape: RemoteShape,
+}
+
+/// What an entry for a collector holds.
+#[derive(Debug, Clone)]
+pub enum RemoteShape {
+    /// Requests, with these headers of theirs and of their responses.
+    Http {
+        /// Request headers.
+        request: Vec<HeaderName>,
+        /// Response headers.
+        response: Vec<HeaderName>,
+    },
+    /// TCP connections.
+    Tcp,
+    /// Texts with command operators.
+    Otlp {
+        /// Body.
+        body: Option<String>,
+        /// Attributes.
+        attributes: Vec<(String, String)>,
+    },
 }
 
 /// Which records are written.
@@ -118,11 +152,48 @@ pub struct AccessLogs {
 /// One log.
 #[derive(Debug)]
 pub(super) struct Log {
+    pub(super) to: To,
+    filter: Option<LogFilter>,
+}
+
+/// Where a log goes.
+#[derive(Debug)]
+pub(super) enum To {
+    File(FileLog),
+    Collector(Remote),
+}
+
+/// Lines in a file.
+#[derive(Debug)]
+pub(super) struct FileLog {
     pub(super) path: Arc<str>,
     pieces: Box<[Piece]>,
     omit_empty: bool,
     is_json: bool,
-    filter: Option<LogFilter>,
+}
+
+/// A text with command operators; what is absent is empty.
+#[derive(Debug)]
+pub(super) struct Template(Box<[Piece]>);
+
+impl Template {
+    /// Compiles. The second value names the operators that we do not know.
+    pub(super) fn compile(said: &str) -> (Self, Vec<String>) {
+        let (mut pieces, mut unknown) = (Vec::new(), Vec::new());
+        text(said, Piece::Text, &mut unknown, &mut pieces);
+        (Self(pieces.into()), unknown)
+    }
+
+    /// The text.
+    pub(super) fn text(&self, facts: &Facts<'_>) -> String {
+        let mut out = Vec::new();
+        write_pieces(&self.0, facts, true, &mut out);
+        String::from_utf8_lossy(&out).into_owned()
+    }
+
+    fn headers(&self, out: &mut (Vec<HeaderName>, Vec<HeaderName>)) {
+        self.0.iter().filter_map(Piece::op).for_each(|op| op.headers(out));
+    }
 }
 
 /// A piece of a line.
@@ -148,10 +219,12 @@ impl AccessLogs {
             HeaderName::from_static("x-request-id"),
         ];
         let mut read = (request_headers, Vec::new());
-        for op in logs.iter().flat_map(|log| &log.pieces).filter_map(Piece::op) {
-            op.headers(&mut read);
+        for log in &logs {
+            log.to.headers(&mut read);
+            if let Some(filter) = &log.filter {
+                filter.headers(&mut read);
+            }
         }
-        logs.iter().filter_map(|log| log.filter.as_ref()).for_each(|filter| filter.headers(&mut read));
         let logs = Self { logs, ..Self::default() };
         (logs.reading(read), unknown)
     }
@@ -188,6 +261,25 @@ impl AccessLogs {
     }
 }
 
+impl To {
+    fn headers(&self, out: &mut (Vec<HeaderName>, Vec<HeaderName>)) {
+        match self {
+            Self::File(file) => file.pieces.iter().filter_map(Piece::op).for_each(|op| op.headers(out)),
+            Self::Collector(remote) => match &remote.entry {
+                Entry::Http(request, response) => {
+                    out.0.extend(request.iter().cloned());
+                    out.1.extend(response.iter().cloned());
+                }
+                Entry::Tcp => {}
+                Entry::Otlp(body, attributes) => {
+                    let all = body.iter().chain(attributes.iter().map(|(_, template)| template));
+                    all.for_each(|template| template.headers(out));
+                }
+            },
+        }
+    }
+}
+
 fn capture(names: &[HeaderName], headers: &HeaderMap) -> Captured {
     names.iter().filter_map(|name| Some((name.clone(), headers.get(name)?.clone()))).collect()
 }
@@ -195,7 +287,11 @@ fn capture(names: &[HeaderName], headers: &HeaderMap) -> Captured {
 impl Log {
     fn compile(said: SaidLog<'_>, unknown: &mut Vec<String>) -> Self {
         let mut pieces = Vec::new();
+        let is_json = matches!(said.shape, LogShape::Json(_));
         match said.shape {
+            LogShape::Remote(remote) => {
+                return Self { to: To::Collector(collector(*remote, unknown)), filter: said.filter };
+            }
             LogShape::Text(format) => text(format, Piece::Text, unknown, &mut pieces),
             LogShape::Default => text(ENVOY_FORMAT, Piece::Text, unknown, &mut pieces),
             LogShape::Json(value) => {
@@ -203,38 +299,57 @@ impl Log {
                 literal("\n", &mut pieces);
             }
         }
-        Self {
-            path: canonical_path(said.path).into(),
-            pieces: pieces.into(),
-            omit_empty: said.omit_empty,
-            is_json: matches!(said.shape, LogShape::Json(_)),
-            filter: said.filter,
-        }
+        let path = canonical_path(said.path).into();
+        let file = FileLog { path, pieces: pieces.into(), omit_empty: said.omit_empty, is_json };
+        Self { to: To::File(file), filter: said.filter }
     }
+}
 
+fn collector(said: SaidRemote, unknown: &mut Vec<String>) -> Remote {
+    let mut template = |text: &str| {
+        let (template, not_known) = Template::compile(text);
+        unknown.extend(not_known);
+        template
+    };
+    let entry = match said.shape {
+        RemoteShape::Http { request, response } => Entry::Http(request, response),
+        RemoteShape::Tcp => Entry::Tcp,
+        RemoteShape::Otlp { body, attributes } => Entry::Otlp(
+            body.as_deref().map(&mut template),
+            attributes.into_iter().map(|(name, text)| (name, template(&text))).collect(),
+        ),
+    };
+    Remote { target: Arc::new(said.target), entry }
+}
+
+impl FileLog {
     /// Appends the line.
     pub(super) fn write(&self, facts: &Facts<'_>, out: &mut Vec<u8>) {
         let start = out.len();
-        for piece in &self.pieces {
-            match piece {
-                Piece::Literal(text) => out.extend_from_slice(text.as_bytes()),
-                Piece::Text(op) => {
-                    if op.write(facts, out) == Wrote::Nothing && !self.omit_empty {
-                        out.push(b'-');
-                    }
-                }
-                Piece::Json(op) => json_value(op, facts, out),
-                Piece::JsonText(op) => {
-                    let mut value = Vec::new();
-                    if op.write(facts, &mut value) == Wrote::Nothing {
-                        value.push(b'-');
-                    }
-                    put_json_text(&value, out);
-                }
-            }
-        }
+        write_pieces(&self.pieces, facts, self.omit_empty, out);
         if self.omit_empty && self.is_json {
             without_nulls(out, start);
+        }
+    }
+}
+
+fn write_pieces(pieces: &[Piece], facts: &Facts<'_>, omit_empty: bool, out: &mut Vec<u8>) {
+    for piece in pieces {
+        match piece {
+            Piece::Literal(text) => out.extend_from_slice(text.as_bytes()),
+            Piece::Text(op) => {
+                if op.write(facts, out) == Wrote::Nothing && !omit_empty {
+                    out.push(b'-');
+                }
+            }
+            Piece::Json(op) => json_value(op, facts, out),
+            Piece::JsonText(op) => {
+                let mut value = Vec::new();
+                if op.write(facts, &mut value) == Wrote::Nothing {
+                    value.push(b'-');
+                }
+                put_json_text(&value, out);
+            }
         }
     }
 }

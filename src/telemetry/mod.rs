@@ -29,14 +29,18 @@ mod labels;
 pub mod logging;
 mod metrics;
 mod operator;
+mod outbox;
 mod overrides;
 mod peer;
 mod record;
 mod recorder;
+mod remote_log;
 mod series;
 mod sink;
+mod tracer;
+mod wire;
 
-pub use access_log::{AccessLogs, Compare, LogFilter, LogShape, SaidLog};
+pub use access_log::{AccessLogs, Compare, LogFilter, LogShape, RemoteShape, SaidLog, SaidRemote};
 pub use attributes::Facts;
 pub use cel::{CelValue, Expression, Undefined};
 pub use expose::{Sample, StatsQuery, Value, render_json, render_prometheus, render_text};
@@ -46,9 +50,11 @@ pub use labels::{Labels, NodeLabels, Protocol, Reporter, Service};
 pub use metrics::{
     ClusterMetrics, Counter, ExchangeMetrics, Gauge, HttpMetrics, ListenerMetrics, Shard, TcpMetrics, Telemetry,
 };
+pub use outbox::{Outbox, Parcel, Speaks, Target};
 pub use overrides::{Metric, Overrides, Stats, Values};
 pub use peer::{Additional, Peer, Peers};
 pub use record::{Captured, Headers, Record, RecordKind};
 pub use recorder::{Process, Recorder};
 pub use series::{Moving, Sizes, TcpReport};
 pub use sink::{LogOptions, LogSink, Logs};
+pub use tracer::{SpanContext, SpanNames, Tracer};

@@ -137,6 +137,7 @@ pub struct Process {
     panics: ::metrics::Counter,
     log_dropped: ::metrics::Counter,
     log_failed: ::metrics::Counter,
+    export_dropped: ::metrics::Counter,
     config_updates: ::metrics::Counter,
     config_version: ::metrics::Gauge,
     config_kept: ::metrics::Gauge,
@@ -157,6 +158,7 @@ impl Process {
             panics: counter("panics_total"),
             log_dropped: counter("access_log_dropped_total"),
             log_failed: counter("access_log_write_errors_total"),
+            export_dropped: counter("telemetry_dropped_total"),
             config_updates: counter("config_updates_total"),
             config_version: recorder.register_gauge(&Key::from_static_name("config_version"), &METADATA),
             config_kept: recorder.register_gauge(&Key::from_static_name("config_last_good_served"), &METADATA),
@@ -177,6 +179,11 @@ impl Process {
     /// Log records were dropped because the writer could not keep up.
     pub fn log_dropped(&self, records: u64) {
         self.log_dropped.increment(records);
+    }
+
+    /// Entries for collectors were dropped: there were too many, or the collector did not take them.
+    pub fn export_dropped(&self, entries: u64) {
+        self.export_dropped.increment(entries);
     }
 
     /// A log could not be written.

@@ -12,11 +12,13 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
-use super::access_log::{AccessLogs, LogShape, STDOUT, SaidLog, canonical_path};
+use super::access_log::{AccessLogs, LogShape, STDOUT, SaidLog, To, canonical_path};
 use super::attributes::Facts;
 use super::json_log;
 use super::metrics::{Telemetry, lock};
+use super::outbox::Outbox;
 use super::record::{Record, RecordKind};
+use super::tracer::{SpanContext, SpanNames, Tracer};
 
 /// Buffered bytes that wake the writer.
 const FLUSH_AT: usize = 64 << 10;
@@ -133,7 +135,13 @@ impl Logs {
     pub fn sink(&self) -> LogSink {
         let lanes = Arc::default();
         lock(&self.shared.workers).push(Arc::clone(&lanes));
-        LogSink { shared: Arc::clone(&self.shared), lanes, writer: self.writer.as_ref().map(|w| w.thread().clone()) }
+        let telemetry = &self.shared.telemetry;
+        LogSink {
+            outbox: Arc::new(Outbox::new(telemetry.process.clone(), telemetry.node().id.clone())),
+            shared: Arc::clone(&self.shared),
+            lanes,
+            writer: self.writer.as_ref().map(|w| w.thread().clone()),
+        }
     }
 
     /// Writes what is buffered now. Waits for the files; not for workers.
@@ -229,6 +237,8 @@ pub struct LogSink {
     shared: Arc<Shared>,
     lanes: Arc<Mutex<Vec<Lane>>>,
     writer: Option<thread::Thread>,
+    /// For collectors.
+    outbox: Arc<Outbox>,
 }
 
 impl LogSink {
@@ -243,11 +253,30 @@ impl LogSink {
         let mut lanes = lock(&self.lanes);
         let facts = Facts { record, node: self.shared.telemetry.node() };
         for log in logs.wanted(&facts) {
-            self.append(&mut lanes, &log.path, |out| log.write(&facts, out));
+            match &log.to {
+                To::File(file) => self.append(&mut lanes, &file.path, |out| file.write(&facts, out)),
+                To::Collector(remote) => {
+                    if let Some(entry) = remote.encode(&facts) {
+                        self.outbox.put(&remote.target, entry);
+                    }
+                }
+            }
         }
         if let Some(path) = &self.shared.record {
             self.append(&mut lanes, path, |out| json_log::write(record, out));
         }
+    }
+
+    /// What waits for collectors on this worker.
+    pub fn outbox(&self) -> &Arc<Outbox> {
+        &self.outbox
+    }
+
+    /// Reports a span.
+    pub fn span(&self, tracer: &Tracer, context: &SpanContext, record: &Record<'_>, names: SpanNames<'_>) {
+        let facts = Facts { record, node: self.shared.telemetry.node() };
+        let (target, span) = tracer.encode(context, &facts, names);
+        self.outbox.put(target, span);
     }
 
     fn append(&self, lanes: &mut Vec<Lane>, path: &Arc<str>, write: impl FnOnce(&mut Vec<u8>)) {

@@ -4,7 +4,9 @@ use std::mem::take;
 
 use envoy_types::pb::envoy::config::accesslog::v3::{self as pb, access_log, access_log_filter, extension_filter};
 use envoy_types::pb::envoy::config::core::v3::substitution_format_string::Format;
-use envoy_types::pb::envoy::config::core::v3::{GrpcService, SubstitutionFormatString, data_source, grpc_service};
+use envoy_types::pb::envoy::config::core::v3::{
+    ApiVersion, GrpcService, SubstitutionFormatString, data_source, grpc_service,
+};
 use envoy_types::pb::envoy::extensions::access_loggers::file::v3::{FileAccessLog, file_access_log};
 use envoy_types::pb::envoy::extensions::access_loggers::filters::cel::v3::ExpressionFilter;
 use envoy_types::pb::envoy::extensions::access_loggers::grpc::v3::{
@@ -110,6 +112,10 @@ fn common(
     list(rest, "filter_state_objects_to_log", &mut of.filter_state_objects_to_log);
     let cluster = of.grpc_service.take().map(|s| service(s, rest, reader)).transpose()?;
     let name = take(&mut of.log_name);
+    // There is no other version than V3, which AUTO means too.
+    if matches!(of.transport_api_version(), ApiVersion::Auto | ApiVersion::V3) {
+        take(&mut of.transport_api_version);
+    }
     reader.done(&of);
     Ok((cluster.ok_or_else(|| Fault::new("no grpc_service"))?, name))
 }

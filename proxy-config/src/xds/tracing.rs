@@ -3,8 +3,8 @@
 use std::mem::take;
 
 use base64::Engine as _;
-use envoy_types::pb::envoy::config::core::v3::http_uri;
-use envoy_types::pb::envoy::config::trace::v3::{ZipkinConfig, tracing};
+use envoy_types::pb::envoy::config::core::v3::{grpc_service, http_uri};
+use envoy_types::pb::envoy::config::trace::v3::{OpenTelemetryConfig, ZipkinConfig, tracing};
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3::http_connection_manager as hcm;
 use envoy_types::pb::envoy::r#type::metadata::v3::{MetadataKey, MetadataKind, metadata_key, metadata_kind};
 use envoy_types::pb::envoy::r#type::tracing::v3::{CustomTag, custom_tag};
@@ -36,6 +36,8 @@ fn provider(of: tracing::Http, reader: &mut Reader) -> Read<Value> {
         config.insert("@type".to_owned(), Value::String(any.type_url.clone()));
         if type_name(&any.type_url) == "envoy.config.trace.v3.ZipkinConfig" {
             zipkin(reader.unpack(&any)?, &mut config, reader);
+        } else if type_name(&any.type_url) == "envoy.config.trace.v3.OpenTelemetryConfig" {
+            opentelemetry(reader.unpack(&any)?, &mut config, reader);
         } else {
             let bytes = base64::engine::general_purpose::STANDARD.encode(&any.value);
             config.insert("value".to_owned(), Value::String(bytes));
@@ -81,6 +83,28 @@ fn zipkin(mut of: ZipkinConfig, out: &mut Map<String, Value>, reader: &mut Reade
             json!({"http_uri": {"uri": take(&mut uri.uri), "cluster": cluster, "timeout": timeout}}),
         );
         reader.done(&service);
+    }
+    reader.done(&of);
+}
+
+fn opentelemetry(mut of: OpenTelemetryConfig, out: &mut Map<String, Value>, reader: &mut Reader) {
+    out.insert("service_name".to_owned(), Value::String(take(&mut of.service_name)));
+    if let Some(grpc_service::TargetSpecifier::EnvoyGrpc(grpc)) =
+        of.grpc_service.take().and_then(|service| service.target_specifier)
+    {
+        let authority = if grpc.authority.is_empty() { grpc.cluster_name.clone() } else { grpc.authority };
+        out.insert("grpc_service".to_owned(), json!({"cluster": grpc.cluster_name, "authority": authority}));
+    }
+    if let Some(mut service) = of.http_service.take() {
+        let mut uri = service.http_uri.take().unwrap_or_default();
+        let cluster = uri.http_upstream_type.take().map(|http_uri::HttpUpstreamType::Cluster(c)| c);
+        let timeout = value::duration(&mut uri.timeout).map(value::duration_text);
+        let uri = json!({"http_uri": {"uri": take(&mut uri.uri), "cluster": cluster, "timeout": timeout}});
+        out.insert("http_service".to_owned(), uri);
+        reader.done(&service);
+    }
+    if let Some(sampler) = of.sampler.take() {
+        out.insert("sampler".to_owned(), json!({"name": sampler.name}));
     }
     reader.done(&of);
 }
