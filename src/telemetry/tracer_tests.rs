@@ -63,7 +63,8 @@ fn a_parents_word_is_law() {
         let mut map = headers(pairs);
         let context = tracer.begin(&mut map, false, if sampled { 9_999 } else { 0 }, IDS);
         assert_eq!((context.trace, context.parent, context.sampled), (0xaa, Some(0xbb), sampled), "{pairs:?}");
-        assert_eq!((&map["x-b3-traceid"], &map["x-b3-parentspanid"]), (&"00000000000000aa", &"00000000000000bb"));
+        assert_eq!(map["x-b3-traceid"], "00000000000000aa");
+        assert_eq!(map["x-b3-parentspanid"], "00000000000000bb");
     }
     let mut garbage = headers(&[("x-b3-traceid", "zz"), ("x-b3-spanid", "1"), ("b3", "0")]);
     assert_eq!(tracer.begin(&mut garbage, false, 0, IDS).parent, None);

@@ -1,6 +1,6 @@
 //! Collectors of ours hear of requests, through the same clusters as everything else and in their own words.
 
-use http::Response;
+use ::http::Response;
 use http_body_util::{BodyExt, Full};
 use hyper::service::service_fn;
 use prost::encoding::{WireType, decode_key, decode_varint};
