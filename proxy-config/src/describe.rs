@@ -158,7 +158,9 @@ impl Descriptors {
             Field::String(text) => Value::from(text.as_str()),
             Field::Bytes(bytes) => Value::from(BASE64.encode(bytes)),
             Field::EnumNumber(number) => match kind {
-                Kind::Enum(names) => names.get_value(*number).map_or(Value::from(*number), |v| Value::from(v.name())),
+                Kind::Enum(names) => {
+                    names.get_value(*number).map_or_else(|| Value::from(*number), |v| Value::from(v.name()))
+                }
                 _ => Value::from(*number),
             },
             Field::Message(message) => self.object(message, depth),

@@ -132,7 +132,7 @@ fn validation(mut context: pb::CertificateValidationContext) -> Result<Material,
         return Err(("validation_context", "more than roots and revocation lists is not supported".to_owned()));
     }
     let Some(validator) = validator else {
-        let pem = roots.ok_or(("validation_context.trusted_ca", "no inline text".to_owned()))?;
+        let pem = roots.ok_or_else(|| ("validation_context.trusted_ca", "no inline text".to_owned()))?;
         return Ok(Material::Roots { pem, revoked });
     };
     if validator.name != SPIFFE {
@@ -142,7 +142,8 @@ fn validation(mut context: pb::CertificateValidationContext) -> Result<Material,
     let bytes = validator.typed_config.map(|any| any.value).unwrap_or_default();
     let read = SpiffeValidator::decode(&*bytes).map_err(|e| (domains, e.to_string()))?;
     let of = |domain: TrustDomain| {
-        let bundle = inline(domain.trust_bundle).ok_or((domains, format!("{}: no inline text", domain.name)))?;
+        let bundle =
+            inline(domain.trust_bundle).ok_or_else(|| (domains, format!("{}: no inline text", domain.name)))?;
         Ok((domain.name, bundle))
     };
     Ok(Material::Domains(read.trust_domains.into_iter().map(of).collect::<Result<_, _>>()?))

@@ -90,8 +90,11 @@ pub struct Resolver {
     servers: Arc<[SocketAddr]>,
     /// Whose names nobody else is asked for; none with given resolvers.
     hosts: Option<Arc<Path>>,
-    current: Arc<Mutex<Option<(Stamps, Arc<Current>)>>>,
+    current: Arc<Mutex<Option<Read>>>,
 }
+
+/// The files as they were, and what they said.
+type Read = (Stamps, Arc<Current>);
 
 /// What the files said when they were read last.
 struct Current {

@@ -125,7 +125,8 @@ fn with(secrets: Secrets, secret: &Secret) -> Result<Secrets, String> {
         }
         Material::Roots { pem, revoked } => {
             let roots = Roots::from_pem(pem).map_err(told)?;
-            let roots = revoked.as_ref().map_or(Ok(roots.clone()), |lists| roots.with_revoked(lists)).map_err(told)?;
+            let roots =
+                revoked.as_ref().map_or_else(|| Ok(roots.clone()), |lists| roots.with_revoked(lists)).map_err(told)?;
             Ok(secrets.with_roots(&secret.name, roots))
         }
         Material::Domains(domains) => {

@@ -74,9 +74,12 @@ fn ec_jwk(crv: &str, point: &[u8]) -> Value {
     json!({"kty": "EC", "crv": crv, "x": B64.encode(x), "y": B64.encode(y)})
 }
 
-/// Every algorithm: the public key as JWK, and a signer.
-fn all() -> Vec<(&'static str, Value, Box<dyn Fn(&str) -> Vec<u8>>)> {
-    let mut out: Vec<(&'static str, Value, Box<dyn Fn(&str) -> Vec<u8>>)> = Vec::new();
+/// An algorithm, its public key as JWK, and a signer.
+type Algorithm = (&'static str, Value, Box<dyn Fn(&str) -> Vec<u8>>);
+
+/// Every algorithm.
+fn all() -> Vec<Algorithm> {
+    let mut out: Vec<Algorithm> = Vec::new();
     let rsa: [(&str, &'static dyn RsaEncoding); 6] = [
         ("RS256", &RSA_PKCS1_SHA256),
         ("RS384", &RSA_PKCS1_SHA384),

@@ -42,9 +42,12 @@ impl CustomSeries {
     }
 }
 
+/// Number and distribution by labels.
+type Family = BTreeMap<String, (u64, Merged)>;
+
 /// The families that configuration defines, of all workers.
 pub(super) fn expose_custom<'a>(shards: impl Iterator<Item = &'a CustomSeries>, out: &mut String) {
-    let mut families: BTreeMap<String, (CustomKind, BTreeMap<String, (u64, Merged)>)> = BTreeMap::new();
+    let mut families: BTreeMap<String, (CustomKind, Family)> = BTreeMap::new();
     for shard in shards {
         for ((family, text), cell) in lock(&shard.0).iter() {
             let (_, series) = families.entry(family.clone()).or_insert((cell.kind, BTreeMap::new()));

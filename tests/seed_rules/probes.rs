@@ -90,7 +90,8 @@ async fn how_long_an_answer_may_take() {
         let said = aimed(said(file, group), port);
         let begin = Instant::now();
         let answer = probe::ask(&probe_of(&said), OWN).await;
-        assert_eq!(answer, Err("context deadline exceeded".to_owned()), "{t}");
+        let why = answer.expect_err("silence");
+        assert!(why.contains("context deadline exceeded"), "{t}: {why}");
         assert_eq!(begin.elapsed().as_secs(), seconds, "{t}");
     }
 }

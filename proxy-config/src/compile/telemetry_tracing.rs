@@ -68,7 +68,7 @@ fn of_mesh(context: Context<'_>) -> Tracing {
 /// Istio's tags, those of the proxy's configuration, those of Telemetry; later ones win.
 fn custom_tags(context: Context<'_>, spec: &Spec, out: &mut Tracing) {
     let said = context.config.tracing.as_ref();
-    if spec.istio_tags.or(said.and_then(|t| t.enable_istio_tags)) == Some(false) {
+    if spec.istio_tags.or_else(|| said.and_then(|t| t.enable_istio_tags)) == Some(false) {
         out.custom_tags.clear();
     }
     let of_proxy = said.iter().flat_map(|t| &t.custom_tags);

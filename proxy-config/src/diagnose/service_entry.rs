@@ -35,9 +35,12 @@ pub(super) fn addresses(world: &World<'_>, out: &mut Vec<Message>) {
     }
 }
 
+/// Scope, host and port number.
+type Reach<'a> = (String, &'a str, i64);
+
 /// The same host and port with different protocols.
 pub(super) fn protocols(world: &World<'_>, out: &mut Vec<Message>) {
-    let mut index: BTreeMap<(String, &str, i64), Vec<(String, &Item<'_>)>> = BTreeMap::new();
+    let mut index: BTreeMap<Reach<'_>, Vec<(String, &Item<'_>)>> = BTreeMap::new();
     for item in world.of("ServiceEntry") {
         let reach: BTreeSet<String> =
             scopes(&item.spec.get("exportTo").texts(), item.namespace()).into_iter().collect();

@@ -190,5 +190,5 @@ fn consistent_hash(found: &mut Findings, at: &At<'_>) {
 const MAGLEV: u64 = 5_000_011;
 
 fn is_prime(n: u64) -> bool {
-    n > 0 && (n < 4 || (n % 2 == 1 && (3..).step_by(2).take_while(|f| f * f <= n).all(|f| n % f != 0)))
+    n > 0 && (n < 4 || (n % 2 == 1 && (3..).step_by(2).take_while(|f| f * f <= n).all(|f| !n.is_multiple_of(f))))
 }

@@ -139,7 +139,7 @@ fn server(found: &mut Findings, server: &At<'_>) {
 
 /// `HOST` or `NAMESPACE/HOST`.
 fn host(found: &mut Findings, at: &At<'_>) {
-    let (namespace, name) = at.text().split_once('/').unwrap_or(("*", at.text()));
+    let (namespace, name) = at.text().split_once('/').unwrap_or_else(|| ("*", at.text()));
     let scoped = matches!(namespace, "*" | ".") || names::is_label(namespace);
     found.expect(scoped, at, "the part before the slash is no name of a namespace, * or .");
     let known =

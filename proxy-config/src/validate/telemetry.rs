@@ -45,11 +45,9 @@ fn expression(found: &mut Findings, at: &At<'_>) {
             (None, '(') => open.push(')'),
             (None, '[') => open.push(']'),
             (None, '{') => open.push('}'),
-            (None, ')' | ']' | '}') => {
-                if open.pop() != Some(c) {
-                    found.add(at, format!("{c:?} closes nothing: a CEL expression is expected"));
-                    return;
-                }
+            (None, ')' | ']' | '}') if open.pop() != Some(c) => {
+                found.add(at, format!("{c:?} closes nothing: a CEL expression is expected"));
+                return;
             }
             _ => {}
         }
