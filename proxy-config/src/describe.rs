@@ -114,6 +114,9 @@ impl Descriptors {
     }
 
     fn any(&self, type_url: &str, bytes: &[u8], depth: usize) -> Value {
+        if type_url.is_empty() && bytes.is_empty() {
+            return Value::Object(Map::new());
+        }
         let opaque = || json!({ "@type": type_url, "value": BASE64.encode(bytes) });
         let name = type_url.rsplit('/').next().unwrap_or_default();
         let Some(descriptor) = self.0.get_message_by_name(name).filter(|_| depth < MAX_DEPTH) else { return opaque() };
@@ -249,6 +252,7 @@ fn own_files() -> Vec<FileDescriptorProto> {
         file("istio.envoy.config.filter.http.alpn.v2alpha1", filter),
         file("istio.networking.nds.v1", names),
         file("envoy.tcp.metadataexchange.config", exchange),
+        stats(),
         untyped("udpa.type.v1"),
         untyped("xds.type.v3"),
     ]
@@ -265,16 +269,72 @@ fn untyped(package: &str) -> FileDescriptorProto {
 }
 
 fn protocols() -> EnumDescriptorProto {
-    let value = |(number, name): (i32, &str)| EnumValueDescriptorProto {
-        name: Some(name.to_owned()),
+    enumeration("Protocol", &["HTTP10", "HTTP11", "HTTP2"])
+}
+
+/// `stats.PluginConfig` of the `istio.stats` filters.
+fn stats() -> FileDescriptorProto {
+    use Type::{Bool, Enum, Message, String};
+    let text = |name, number| field(name, number, String, "");
+    let time = |name, number| field(name, number, Message, ".google.protobuf.Duration");
+    let metric = message(
+        "MetricConfig",
+        vec![
+            many(field("dimensions", 1, Message, ".stats.MetricConfig.DimensionsEntry")),
+            text("name", 2),
+            many(text("tags_to_remove", 3)),
+            text("match", 4),
+            field("drop", 5, Bool, ""),
+        ],
+        vec![map_entry("DimensionsEntry", text("value", 2))],
+    );
+    let definition = message(
+        "MetricDefinition",
+        vec![text("name", 1), text("value", 2), field("type", 3, Enum, ".stats.MetricType")],
+        vec![],
+    );
+    let config = message(
+        "PluginConfig",
+        vec![
+            field("disable_host_header_fallback", 6, Bool, ""),
+            time("tcp_reporting_duration", 7),
+            many(field("metrics", 8, Message, ".stats.MetricConfig")),
+            many(field("definitions", 9, Message, ".stats.MetricDefinition")),
+            field("reporter", 10, Enum, ".stats.Reporter"),
+            time("rotation_interval", 11),
+            time("graceful_deletion_interval", 12),
+        ],
+        vec![],
+    );
+    let mut file = file("stats", config);
+    file.message_type.extend([metric, definition]);
+    file.enum_type = vec![
+        enumeration("MetricType", &["COUNTER", "GAUGE", "HISTOGRAM"]),
+        enumeration("Reporter", &["UNSPECIFIED", "SERVER_GATEWAY"]),
+    ];
+    file.dependency = vec!["google/protobuf/duration.proto".to_owned()];
+    file
+}
+
+/// Names of the numbers from 0 on.
+fn enumeration(name: &str, values: &[&str]) -> EnumDescriptorProto {
+    let value = |(number, name): (i32, &&str)| EnumValueDescriptorProto {
+        name: Some((*name).to_owned()),
         number: Some(number),
         options: None,
     };
     EnumDescriptorProto {
-        name: Some("Protocol".to_owned()),
-        value: (0..).zip(["HTTP10", "HTTP11", "HTTP2"]).map(value).collect(),
+        name: Some(name.to_owned()),
+        value: (0..).zip(values).map(value).collect(),
         ..EnumDescriptorProto::default()
     }
+}
+
+/// What stands for one entry of a map with text keys.
+fn map_entry(name: &str, value: FieldDescriptorProto) -> DescriptorProto {
+    let mut entry = message(name, vec![field("key", 1, Type::String, ""), value], vec![]);
+    entry.options = Some(MessageOptions { map_entry: Some(true), ..MessageOptions::default() });
+    entry
 }
 
 fn file(package: &str, of: DescriptorProto) -> FileDescriptorProto {
@@ -349,6 +409,19 @@ mod tests {
     }
 
     #[test]
+    fn overrides_of_metrics_are_shown() {
+        let shown = json!({
+            "@type": "type.googleapis.com/stats.PluginConfig",
+            "tcp_reporting_duration": "10s",
+            "metrics": [{"dimensions": {"port": "string(destination.port)"}, "name": "requests_total", "drop": true}],
+            "definitions": [{"name": "mine", "value": "1", "type": "GAUGE"}],
+            "reporter": "SERVER_GATEWAY",
+        });
+        let any = descriptors().message(&shown).unwrap();
+        assert_eq!(descriptors().json(&any.type_url, &any.value), shown);
+    }
+
+    #[test]
     fn what_is_not_known_keeps_its_bytes_or_its_name() {
         let unknown = descriptors().json("type.googleapis.com/no.such.Type", b"\x01\x02");
         assert_eq!(unknown, json!({"@type": "type.googleapis.com/no.such.Type", "value": "AQI="}));
@@ -362,6 +435,7 @@ mod tests {
         let again = descriptors().json(&any.type_url, &any.value);
         assert_eq!(again["typed_config"]["type_url"], "type.googleapis.com/no.such.Type");
         assert_eq!(again["typed_config"]["value"], json!({"a": 1.0}));
+        assert_eq!(descriptors().json("", b""), json!({}));
         let empty = json!({"@type": "type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig", "name": "x", "typed_config": {}});
         assert_eq!(descriptors().message(&empty).unwrap().value, b"\x0a\x01x"[..]);
         assert!(descriptors().message(&json!({"@type": "x/no.such.Type"})).is_err());
