@@ -45,6 +45,12 @@ impl Running {
         matches!(self.child.try_wait(), Ok(None))
     }
 
+    /// Its exit code when it has ended; -1 for a signal.
+    pub fn code(&mut self) -> Option<i32> {
+        let ended = self.child.try_wait().ok().flatten()?;
+        Some(ended.code().unwrap_or(-1))
+    }
+
     /// CPU time of the process so far, user and system.
     pub fn cpu(&self) -> Duration {
         cpu_of(self.pid())

@@ -31,7 +31,10 @@ pub(super) fn begin(agent: &Bootstrap) -> Result<(Control, Option<Reports>)> {
     let node = Bytes::from(agent.node.encode());
     let revoked = Some(REVOKED.into());
     let certs = match (&agent.identity, identity::Settings::of(agent, node)) {
-        (Identity::Files(files), _) => Certs::Mounted { files: files.clone(), revoked },
+        (Identity::Files(files), _) => {
+            identity::serve_mounted(agent.identity_socket.clone(), files.clone());
+            Certs::Mounted { files: files.clone(), revoked }
+        }
         (_, Some(settings)) => Certs::Issued { news: identity::start(settings), revoked },
         (_, None) => Certs::None,
     };

@@ -135,7 +135,7 @@ impl<'a> Client<'a> {
         let request = wanted.as_ref().context("a request was made")?;
         let mut failed_calls = 0;
         let response = loop {
-            match self.call(&request.csr).await {
+            match self.call(&request.csr, failed_calls).await {
                 Ok(response) => break response,
                 Err(status) => {
                     failed_calls += 1;
@@ -149,11 +149,15 @@ impl<'a> Client<'a> {
         read(&response, &request.key, anchors, now()).with_context(|| format!("CA {}", self.server.address))
     }
 
-    async fn call(&mut self, csr: &str) -> Result<CertificateResponse, Status> {
+    /// `before` counts the calls of this attempt that have failed; the agent tells the CA.
+    async fn call(&mut self, csr: &str, before: u32) -> Result<CertificateResponse, Status> {
         let channel = self.connected().await.map_err(Status::unavailable)?;
         let seconds = i64::try_from(self.said.ttl.as_secs()).unwrap_or(i64::MAX);
         let message = CertificateRequest::new(csr.to_owned(), seconds, &self.said.cert_signer);
-        let request = self.credentials.sign(tonic::Request::new(message));
+        let mut request = self.credentials.sign(tonic::Request::new(message));
+        if before > 0 {
+            request.metadata_mut().insert("x-retry-attempt", before.into());
+        }
         let mut grpc = Grpc::new(channel);
         let path = http::uri::PathAndQuery::from_static(CREATE_CERTIFICATE);
         let answer = async {
@@ -293,7 +297,7 @@ mod tests {
         let mut client = Client::new(&said);
         client.channel = Some(Channel::over(near, "ca.test").await.unwrap());
         let begun = Instant::now();
-        let status = client.call("csr").await.unwrap_err();
+        let status = client.call("csr", 0).await.unwrap_err();
         assert_eq!((status.code(), begun.elapsed()), (Code::DeadlineExceeded, CALL_LIMIT));
         assert!(client.channel.is_none() && client.tried == 1, "the next call is made elsewhere");
     }

@@ -22,7 +22,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use proxy_config::bootstrap::{Bootstrap, Ca, Identity};
+use proxy_config::bootstrap::{Bootstrap, Ca, Identity, PemFiles};
 use tokio::sync::watch;
 
 pub use files::Output;
@@ -126,6 +126,17 @@ pub fn start(settings: Settings) -> watch::Receiver<News> {
         }
     });
     receiver
+}
+
+/// Serves mounted files to programs beside us, as long as the process runs. The proxy itself does not need it, so a socket
+/// that cannot be made is only told.
+pub fn serve_mounted(path: PathBuf, files: PemFiles) {
+    tokio::spawn(async move {
+        match Socket::open(&path, Served::Mounted(files)) {
+            Ok(_open) => std::future::pending().await,
+            Err(e) => tracing::error!("{}: certificates are not served: {e}", path.display()),
+        }
+    });
 }
 
 async fn run(settings: Settings, news: watch::Sender<News>) {

@@ -6,7 +6,10 @@
 #![cfg_attr(not(feature = "conformance"), allow(dead_code, reason = "what replays wire cases needs the feature"))]
 
 mod agent_bootstrap;
+mod agent_ca;
 mod agent_health;
+mod agent_run;
+mod agent_sds;
 mod analysis;
 mod authz;
 mod calls;
@@ -118,6 +121,8 @@ fn run_set(bench: &Bench<'_>, set: &Set) -> Result<Tally> {
         "agent/bootstrap" => agent_bootstrap::run(bench, set),
         "agent/health" => agent_health::run(bench, set),
         "analysis" => analysis::run(bench, set),
+        "agent/ca" => agent_ca::run(bench, set),
+        "agent/sds" => agent_sds::run(bench, set),
         "authz" => authz::run(bench, set),
         "health" => health::run(bench, set),
         "simulation" => simulation::run(bench, set),
