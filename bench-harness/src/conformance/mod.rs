@@ -20,13 +20,16 @@ mod input;
 #[cfg(feature = "conformance")]
 mod judge;
 mod models;
+mod pair;
 mod prototext;
+mod resources;
 mod rules;
 mod simulation;
 #[cfg(feature = "conformance")]
 mod stage;
 mod streams;
 mod tally;
+mod telemetry;
 mod validation;
 mod vm;
 #[cfg(feature = "conformance")]
@@ -128,6 +131,7 @@ fn run_set(bench: &Bench<'_>, set: &Set) -> Result<Tally> {
         "simulation" => simulation::run(bench, set),
         "validation" => validation::run(bench, set),
         "vm" => vm::run(bench, set),
+        "telemetry" => telemetry::run(bench, set),
         "xds" => xds::run(bench, set),
         "mx-config-dumps" => dumps::run(bench, set),
         #[cfg(feature = "conformance")]
