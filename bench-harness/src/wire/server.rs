@@ -75,7 +75,7 @@ impl Notes {
         let count = inner.answers.entry(place(base)).or_default();
         let at = *count;
         *count += 1;
-        match script.get(at).or(script.last()) {
+        match script.get(at).or_else(|| script.last()) {
             Some(entry) if entry["ok"] != true => entry.clone(),
             _ => inner.defaults["h2"].clone(),
         }
