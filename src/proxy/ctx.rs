@@ -198,7 +198,8 @@ impl Ctx {
         if !self.complete {
             self.flags.insert(Flags::DC);
             if self.details.is_empty() || self.details == "via_upstream" {
-                self.details = Cow::Borrowed("downstream_remote_disconnect");
+                let denied = self.http.counts.denied().map(|details| Cow::Owned(details.to_owned()));
+                self.details = denied.unwrap_or(Cow::Borrowed("downstream_remote_disconnect"));
             }
         }
         self.flags.insert(self.trace.flags);

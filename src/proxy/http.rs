@@ -45,6 +45,10 @@ const PAUSE: Duration = Duration::from_secs(2);
 /// HTTP/2 peers are told to go within this time of the goodbye's beginning, not all at the same moment.
 const SPREAD: Duration = Duration::from_secs(1);
 
+/// Time that requests in progress have to end once policy would not admit their connection any more: the answer to a call
+/// that was allowed when it came is not torn, streams that go on for ever are.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
 /// A connection as one chain serves it: what the requests share until configuration changes.
 pub(super) struct HttpConn {
     pub(super) conn: Arc<Conn>,
@@ -73,6 +77,8 @@ pub(super) enum Goodbye {
     Silent,
     /// Its chain is gone, or is not to be used.
     Outdated,
+    /// Policy would not admit it any more.
+    Denied,
 }
 
 impl Goodbye {
@@ -81,6 +87,7 @@ impl Goodbye {
             Self::Leaving | Self::Outdated => metrics.cx_drain_close.inc(),
             Self::Idle => metrics.cx_idle_timeout.inc(),
             Self::Old => metrics.cx_max_duration.inc(),
+            Self::Denied => metrics.cx_policy_close.inc(),
             Self::Silent => {}
         }
     }
@@ -264,13 +271,14 @@ where
     }
     goodbye.count(&http.metrics);
     say_goodbye(connection.as_mut());
-    let grace = Instant::now() + http.chain.options.drain_timeout;
+    let grace = if goodbye == Goodbye::Denied { LAST_WORDS } else { http.chain.options.drain_timeout };
+    let grace = Instant::now() + grace;
     Driven::Ended(tokio::select! {
         biased;
         ended = connection.as_mut() => ended,
         () = drain.reached(Phase::Gone) => Ok(()),
-        // Whoever was idle before has nothing to finish, and may never answer.
-        () = sleep_until(grace), if matches!(goodbye, Goodbye::Old | Goodbye::Idle) => Ok(()),
+        // Whoever was idle before has nothing to finish, and may never answer; whoever is denied is not asked.
+        () = sleep_until(grace), if matches!(goodbye, Goodbye::Old | Goodbye::Idle | Goodbye::Denied) => Ok(()),
     })
 }
 
@@ -281,6 +289,9 @@ pub(super) async fn until_goodbye(live: &Live, drain: &mut Watch, codec: Codec, 
     views.mark_changed();
     loop {
         let http = live.now();
+        if http.counts.denied().is_some() {
+            return Goodbye::Denied;
+        }
         if http.counts.is_outdated() {
             return Goodbye::Outdated;
         }

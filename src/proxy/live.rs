@@ -5,7 +5,7 @@
 //! (header limits, windows) stay those of the first chain.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use crossbeam_utils::CachePadded;
@@ -15,6 +15,7 @@ use tokio::time::Instant;
 
 use super::conn::{Conn, check_policy};
 use super::http::HttpConn;
+use super::tcp::judge;
 use crate::snapshot::{Chain, ChainInput, HttpChain, Terminal};
 use crate::telemetry::HttpMetrics;
 use crate::upstream::View;
@@ -63,6 +64,8 @@ pub(super) struct Counts {
     outdated: AtomicBool,
     /// No chain answers for it any more.
     barred: AtomicBool,
+    /// What policy says of the connection since it changed; nothing is said that lets it be.
+    denied: OnceLock<Box<str>>,
     /// Requests whose client went away at once.
     hasty: AtomicU32,
     /// Nothing is half read or half written.
@@ -85,6 +88,7 @@ impl Counts {
             last_end: AtomicU64::new(0),
             outdated: AtomicBool::new(false),
             barred: AtomicBool::new(false),
+            denied: OnceLock::new(),
             hasty: AtomicU32::new(0),
             at_rest: AtomicBool::new(true),
             used_up: Notify::new(),
@@ -147,6 +151,12 @@ impl Counts {
     /// Whether no chain answers for the connection any more.
     pub(super) fn is_barred(&self) -> bool {
         self.barred.load(Ordering::Relaxed)
+    }
+
+    /// Why policy would not admit the connection any more. A connection that was denied once ends, even if policy changes
+    /// back before it has.
+    pub(super) fn denied(&self) -> Option<&str> {
+        self.denied.get().map(|details| &**details)
     }
 
     /// When a connection that began at `start` will have been idle for too long, as far as can be told now.
@@ -216,6 +226,10 @@ impl Live {
         let before = self.latest();
         let (conn, counts) = (&before.conn, &before.counts);
         let view = conn.env.view();
+        if let Some(details) = judge(&view, conn) {
+            // Whoever came first has said it.
+            let _ = counts.denied.set(details.into());
+        }
         let now = chain_now(&view, conn, &before.whole);
         let found = match now {
             Now::Same => Some(&before.whole),

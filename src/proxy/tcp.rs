@@ -179,7 +179,7 @@ pub(super) async fn denied(conn: &Conn) -> String {
 
 /// What the policy of the chain that would take this connection now says. That no chain would, is policy only inbound: a
 /// peer that has to authenticate now and did not.
-fn judge(view: &View, conn: &Conn) -> Option<String> {
+pub(super) fn judge(view: &View, conn: &Conn) -> Option<String> {
     match chain_now(view, conn, &conn.chain) {
         Now::Same => None,
         Now::Gone if view.snap.listener(&conn.listener.name).is_none() => None,
@@ -308,7 +308,10 @@ impl<'a> Account<'a> {
     fn ended(&mut self, outcome: Outcome) {
         self.settled = true;
         match outcome {
-            Outcome::Denied(details) => self.details = details,
+            Outcome::Denied(details) => {
+                self.metrics.cx_policy_close.inc();
+                self.details = details;
+            }
             Outcome::TooOld => {
                 self.metrics.max_duration.inc();
                 self.flags.insert(Flags::DT);

@@ -609,6 +609,42 @@ async fn websockets_relay_bytes() {
     mesh.swap(without_chain(vec![same]));
     assert_eq!(client.rest().await, "", "no chain would take it any more");
     mesh.drain.wait_for_zero().await;
+    assert_eq!(mesh.env.shard().http("s").cx_policy_close.value(), 1);
+}
+
+/// Configuration that goes on as before, and that closes connections of everybody.
+fn open_and_closed(app: &App) -> (snapshot::Snapshot, snapshot::Snapshot) {
+    let http = || NetworkFilter::Http(Box::new(manager(vec![forward("/")], Vec::new())));
+    let clusters = || vec![cluster("app", app.address, UpstreamProtocol::Http1)];
+    let nobody = model::Rbac { rules: Some(RbacRules::default()), ..model::Rbac::default() };
+    (Mesh::compile(vec![http()], clusters()), Mesh::compile(vec![NetworkFilter::Rbac(nobody), http()], clusters()))
+}
+
+#[tokio::test]
+async fn policy_that_is_tightened_ends_what_goes_on_and_counts_it() {
+    let endless = "HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nhello\r\n";
+    let app = App::start(endless, false).await;
+    let (open, closed) = open_and_closed(&app);
+    let mesh = Mesh::http(&app, vec![forward("/")], Vec::new());
+    let (mut one, mut idle) = (mesh.connect(), mesh.connect());
+    let mut two = http2(&mesh).await;
+    one.get("/", "hello\r\n").await;
+    let ask = Request::get("http://a/").body(Full::default()).unwrap();
+    let mut stream = two.send_request(ask).await.unwrap().into_body();
+    assert_eq!(stream.frame().await.unwrap().unwrap().into_data().unwrap(), "hello");
+    idle.send("GET / HTTP/1.1\r\nhost: a\r\n").await;
+    // A push without news of policy ends nothing.
+    mesh.swap(open);
+    let ask = Request::get("http://a/").body(Full::default()).unwrap();
+    assert_eq!(two.send_request(ask).await.unwrap().status(), 200);
+    mesh.swap(closed);
+    let end = tokio::time::timeout(LIMIT, stream.frame()).await.expect("a stream that goes on is cut");
+    assert!(end.is_none_or(|frame| frame.is_err()));
+    assert!(!one.rest().await.contains("0\r\n\r\n"), "no response ends that did not");
+    idle.rest().await;
+    mesh.drain.wait_for_zero().await;
+    let counted = mesh.env.shard().http("s");
+    assert_eq!((counted.cx_policy_close.value(), counted.cx_drain_close.value()), (3, 0));
 }
 
 #[tokio::test]
@@ -662,6 +698,8 @@ async fn a_policy_that_appears_ends_open_connections() {
     let other = Mesh::compile(vec![NetworkFilter::Rbac(closed), tcp_proxy()], clusters());
     mesh.swap(other);
     assert_eq!(client.rest().await, "");
+    mesh.drain.wait_for_zero().await;
+    assert_eq!(mesh.env.shard().tcp("").cx_policy_close.value(), 1);
 }
 
 #[tokio::test]

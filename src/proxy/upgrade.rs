@@ -39,6 +39,7 @@ pub(super) fn spawn(mut ctx: Box<Ctx>, switch: Switch) {
             details = tcp::denied(&conn) => Some(details),
         };
         if let Some(details) = denied {
+            ctx.http.metrics.cx_policy_close.inc();
             ctx.details = Cow::Owned(details);
             ctx.complete();
         }

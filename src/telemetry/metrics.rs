@@ -206,6 +206,7 @@ cells! {
         counter cx_idle_timeout: "downstream_cx_idle_timeout", "Closed because idle.";
         counter cx_max_duration: "downstream_cx_max_duration_reached", "Closed because of age.";
         counter cx_drain_close: "downstream_cx_drain_close", "Closed while leaving.";
+        counter cx_policy_close: "downstream_cx_policy_close", "Closed because a new policy would not admit them.";
         counter rq_total: "downstream_rq_total", "Requests.";
         gauge rq_active: "downstream_rq_active", "Active requests.";
         counter rq_http1_total: "downstream_rq_http1_total", "HTTP/1 requests.";
@@ -244,6 +245,7 @@ cells! {
         counter cx_tx_bytes: "downstream_cx_tx_bytes_total", "Bytes sent.";
         counter idle_timeout: "idle_timeout", "Closed because idle.";
         counter max_duration: "max_downstream_connection_duration", "Closed because of age.";
+        counter cx_policy_close: "downstream_cx_policy_close", "Closed because a new policy would not admit them.";
         counter rbac_allowed: "rbac.allowed", "Connections that policy allowed.";
         counter rbac_denied: "rbac.denied", "Connections that policy refused.";
     }

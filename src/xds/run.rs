@@ -22,7 +22,7 @@ use super::pace::{Backoff, Debounce};
 use super::received::Received;
 use super::warm::Update;
 use crate::grpc::{Channel, Credentials, Server};
-use crate::telemetry::control_plane;
+use crate::telemetry::control_plane::{self, Came};
 
 /// Longest wait for a connection, handshake included; the agent's.
 const DIAL: Duration = Duration::from_secs(5);
@@ -282,7 +282,12 @@ impl Client {
         let now = Instant::now();
         let Step { send, changed, refused } = self.ads.received(response, now, SystemTime::now());
         self.pushes += 1;
-        control_plane::pushed(SystemTime::now(), !refused.is_empty());
+        let came = match (refused.is_empty(), changed) {
+            (false, _) => Came::Refused,
+            (true, true) => Came::Changed,
+            (true, false) => Came::Same,
+        };
+        control_plane::pushed(SystemTime::now(), came);
         for reject in &refused {
             tracing::error!("istiod was told that this is not served: {reject}");
         }
