@@ -1,6 +1,9 @@
 //! The workload's certificate against a control plane of our own: the first one, renewal under load, a CA that is away, lies
 //! or moves to another root, tokens that come and go, what is left on disk.
 
+#[path = "support/tcp.rs"]
+mod tcp;
+
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
@@ -18,14 +21,11 @@ use istio_proxy::tls::{Roots, Secrets};
 use istio_proxy::worker::{self, Workers};
 use proxy_config::Model;
 use proxy_config::bootstrap::{Ca as Said, ClientFiles, ControlPlane, KeyKind, Roots as RootsFrom};
-use proxy_config::model::{
-    Address, CircuitBreakers, Cluster, ClusterKind, CommonTls, Direction, DownstreamTls, Endpoint, Endpoints,
-    FilterChain, HealthStatus, LbPolicy, Listener, LocalityEndpoints, NetworkFilter, TcpProxy, Transport, UpstreamTls,
-    Validation, WeightedName,
-};
+use proxy_config::model::{CommonTls, Direction, DownstreamTls, Transport, UpstreamTls, Validation};
+use tcp::{cluster, echo, free, listener};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::timeout;
 use tonic::Code;
@@ -458,88 +458,4 @@ fn model(app: SocketAddr, entry: SocketAddr, inbound: SocketAddr) -> Model {
         model.listeners.insert(Arc::clone(&listener.name), Arc::new(listener));
     }
     model
-}
-
-fn listener(address: SocketAddr, direction: Direction, to: &str, tls: Option<DownstreamTls>) -> Listener {
-    let tcp = TcpProxy {
-        stat_prefix: to.to_owned(),
-        clusters: vec![WeightedName { cluster: to.into(), weight: 1 }],
-        idle_timeout: None,
-        max_downstream_connection_duration: None,
-        hash_source_ip: false,
-        tunneling: None,
-        access_log: Vec::new(),
-    };
-    Listener {
-        name: address.to_string().into(),
-        address: Address::Socket(address),
-        additional_addresses: Vec::new(),
-        direction,
-        bind_to_port: true,
-        use_original_dst: false,
-        transparent: false,
-        listener_filters: Vec::new(),
-        listener_filters_timeout: None,
-        continue_on_listener_filters_timeout: false,
-        filter_chains: vec![FilterChain { tls, filters: vec![NetworkFilter::TcpProxy(tcp)], ..FilterChain::default() }],
-        default_filter_chain: None,
-        access_log: Vec::new(),
-        exact_balance: false,
-        max_accepts_per_event: None,
-    }
-}
-
-fn cluster(name: &str, host: SocketAddr, transport: Transport) -> Cluster {
-    let host = Endpoint {
-        address: Address::Socket(host),
-        health: HealthStatus::default(),
-        weight: 1,
-        transport_labels: Default::default(),
-        workload: String::new(),
-        hostname: String::new(),
-        metadata: Default::default(),
-    };
-    let locality = LocalityEndpoints { endpoints: vec![host], ..LocalityEndpoints::default() };
-    Cluster {
-        name: name.into(),
-        kind: ClusterKind::Static(Endpoints { localities: vec![locality], ..Endpoints::default() }),
-        lb: LbPolicy::Random,
-        connect_timeout: None,
-        limits: CircuitBreakers::default(),
-        outlier: None,
-        healthy_panic_threshold: None,
-        locality_weighted: false,
-        http: Default::default(),
-        transport_matches: Vec::new(),
-        transport,
-        source_address: None,
-        tcp_keepalive: None,
-        upstream_port_override: None,
-        istio: Default::default(),
-        metadata_exchange: None,
-        dns: None,
-        close_on_host_failure: false,
-        alt_stat_name: String::new(),
-        tcp_idle_timeout: None,
-        unsupported: Vec::new(),
-    }
-}
-
-/// An application that echoes; its address.
-async fn echo() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-    let address = listener.local_addr().expect("bound");
-    tokio::spawn(async move {
-        while let Ok((mut tcp, _)) = listener.accept().await {
-            tokio::spawn(async move {
-                let (mut reader, mut writer) = tcp.split();
-                tokio::io::copy(&mut reader, &mut writer).await
-            });
-        }
-    });
-    address
-}
-
-async fn free() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").await.and_then(|l| l.local_addr()).expect("a port")
 }

@@ -6,6 +6,7 @@ mod support;
 
 use std::path::Path;
 
+use support::shop::{mtls, pod, service};
 use support::{
     Killed, LIMIT, Machine, Machines, Proxy, access_log, certificates, crowd, curl, folder, give_to_proxy, privileged,
     public_binary, replace, serve_as_app, start_app, talk, wait_for,
@@ -17,32 +18,8 @@ const OUTSIDER: &str = "10.77.0.3";
 const SERVICE: &str = "10.96.77.1";
 const DATABASE: &str = "10.96.77.2:5432";
 
-const MESH: &str = "
-apiVersion: v1
-kind: Service
-metadata: {name: web, namespace: shop}
-spec:
-  clusterIP: 10.96.77.1
-  selector: {app: web}
-  ports: [{name: http, port: 80, targetPort: 8080}]
----
-apiVersion: v1
-kind: Pod
-metadata: {name: web-1, namespace: shop, labels: {app: web, security.istio.io/tlsMode: istio}}
-spec: {serviceAccountName: web}
-status: {phase: Running, podIP: 10.77.0.2, conditions: [{type: Ready, status: 'True'}]}
----
-apiVersion: v1
-kind: Pod
-metadata: {name: client-1, namespace: shop, labels: {app: client, security.istio.io/tlsMode: istio}}
-spec: {serviceAccountName: client}
-status: {phase: Running, podIP: 10.77.0.1, conditions: [{type: Ready, status: 'True'}]}
----
-apiVersion: security.istio.io/v1
-kind: PeerAuthentication
-metadata: {name: default, namespace: shop}
-spec: {mtls: {mode: STRICT}}
----
+/// Besides what every shop has.
+const MORE: &str = "---
 apiVersion: v1
 kind: Service
 metadata: {name: db, namespace: shop}
@@ -87,6 +64,11 @@ spec:
   - route: [{destination: {host: web, subset: stable}}]
 ";
 
+fn objects() -> String {
+    let pods = [pod("web", SERVER), pod("client", CLIENT)].concat();
+    [&service(SERVICE, 80, 8080), &pods, &mtls("STRICT"), MORE].concat()
+}
+
 fn policy(path: &str) -> String {
     format!(
         "apiVersion: security.istio.io/v1
@@ -125,7 +107,7 @@ impl Mesh {
         let dir = folder(&[]);
         let config = dir.path().join("config");
         std::fs::create_dir(&config).expect("a folder");
-        std::fs::write(config.join("mesh-objects.yaml"), MESH).expect("a file");
+        std::fs::write(config.join("mesh-objects.yaml"), objects()).expect("a file");
         std::fs::write(config.join("policy.yaml"), policy("/allowed")).expect("a file");
         let id = |account: &str| format!("spiffe://cluster.local/ns/shop/sa/{account}");
         let stranger = "spiffe://evil.local/ns/shop/sa/client";
@@ -294,7 +276,7 @@ fn canaries(mesh: &Mesh) {
     let canary = || curl(&mesh.client, &["-H", "host: web.shop", "-H", "x-canary: true", &url]);
     assert_eq!(canary(), (503, "no healthy upstream".to_owned()));
     wait_for("the log", LIMIT, || mesh.log("client").iter().any(|l| l["flags"] == "UH")).expect("UH is logged");
-    let labelled = MESH.replace("labels: {app: web, ", "labels: {app: web, runtime: vm, ");
+    let labelled = objects().replace("labels: {app: web, ", "labels: {app: web, runtime: vm, ");
     replace(&mesh.dir.path().join("config/mesh-objects.yaml"), &labelled);
     wait_for("the canary", LIMIT, || canary().0 == 200).expect("the subset has an endpoint");
 }

@@ -5,6 +5,7 @@ mod support;
 
 use std::path::Path;
 
+use support::shop::{mtls, pod, service};
 use support::{
     Killed, LIMIT, Machine, Machines, Proxy, certificates, curl, folder, give_to_proxy, privileged, public_binary,
     serve_as_app, start_app, wait_for,
@@ -75,27 +76,8 @@ fn is_mtls(seen: &str) -> bool {
     xfcc.is_some_and(|l| l.contains("URI=spiffe://cluster.local/ns/shop/sa/client"))
 }
 
-const UNCAPTURED: &str = "
-apiVersion: v1
-kind: Service
-metadata: {name: web, namespace: shop}
-spec:
-  clusterIP: 10.96.80.1
-  selector: {app: web}
-  ports: [{name: http, port: 8000, targetPort: 9080}]
----
-apiVersion: v1
-kind: Pod
-metadata: {name: web-1, namespace: shop, labels: {app: web, security.istio.io/tlsMode: istio}}
-spec: {serviceAccountName: web}
-status: {phase: Running, podIP: 10.80.0.2, conditions: [{type: Ready, status: 'True'}]}
----
-apiVersion: v1
-kind: Pod
-metadata: {name: client-1, namespace: shop, labels: {app: client, security.istio.io/tlsMode: istio}}
-spec: {serviceAccountName: client}
-status: {phase: Running, podIP: 10.80.0.1, conditions: [{type: Ready, status: 'True'}]}
----
+/// What a shop has without capture.
+const UNCAPTURED: &str = "---
 apiVersion: security.istio.io/v1
 kind: PeerAuthentication
 metadata: {name: web, namespace: shop}
@@ -132,7 +114,9 @@ fn without_capture_a_sidecar_listens_for_itself() {
     if !privileged("without_capture_a_sidecar_listens_for_itself") {
         return;
     }
-    let pair = Pair::start("none", UNCAPTURED, ["10.80.0.1/8", "10.80.0.2/8"], "127.0.0.1:8080", false);
+    let pods = [pod("web", "10.80.0.2"), pod("client", "10.80.0.1")].concat();
+    let objects = [&service("10.96.80.1", 8000, 9080), &pods, UNCAPTURED].concat();
+    let pair = Pair::start("none", &objects, ["10.80.0.1/8", "10.80.0.2/8"], "127.0.0.1:8080", false);
     let get = |args: &[&str]| curl(&pair.client, args);
 
     let (status, seen) = get(&["-H", "host: web.shop", "http://127.0.0.1:8000/by-listener"]);
@@ -152,39 +136,14 @@ fn without_capture_a_sidecar_listens_for_itself() {
     assert_eq!(status, 200, "the application itself");
 }
 
-const SIX: &str = "
-apiVersion: v1
-kind: Service
-metadata: {name: web, namespace: shop}
-spec:
-  clusterIP: 'fd77:96::1'
-  selector: {app: web}
-  ports: [{name: http, port: 80, targetPort: 8080}]
----
-apiVersion: v1
-kind: Pod
-metadata: {name: web-1, namespace: shop, labels: {app: web, security.istio.io/tlsMode: istio}}
-spec: {serviceAccountName: web}
-status: {phase: Running, podIP: 'fd77::2', conditions: [{type: Ready, status: 'True'}]}
----
-apiVersion: v1
-kind: Pod
-metadata: {name: client-1, namespace: shop, labels: {app: client, security.istio.io/tlsMode: istio}}
-spec: {serviceAccountName: client}
-status: {phase: Running, podIP: 'fd77::1', conditions: [{type: Ready, status: 'True'}]}
----
-apiVersion: security.istio.io/v1
-kind: PeerAuthentication
-metadata: {name: default, namespace: shop}
-spec: {mtls: {mode: STRICT}}
-";
-
 #[test]
 fn ipv6_is_captured() {
     if !privileged("ipv6_is_captured") {
         return;
     }
-    let pair = Pair::start("six", SIX, ["fd77::1/16", "fd77::2/16"], "[::]:8080", true);
+    let pods = [pod("web", "fd77::2"), pod("client", "fd77::1")].concat();
+    let objects = [service("fd77:96::1", 80, 8080), pods, mtls("STRICT")].concat();
+    let pair = Pair::start("six", &objects, ["fd77::1/16", "fd77::2/16"], "[::]:8080", true);
     let (status, seen) = curl(&pair.client, &["-g", "-H", "host: web.shop", "http://[fd77:96::1]/six"]);
     assert!(status == 200 && is_mtls(&seen), "{status} {seen}");
     // The client's traffic to the pod is captured as well, and goes out as it came in: STRICT does not take it.

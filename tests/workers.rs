@@ -1,5 +1,8 @@
 //! Real workers on loopback: connections are spread exactly, sockets follow the configuration, goodbyes come in order.
 
+#[path = "support/tcp.rs"]
+mod tcp;
+
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -12,113 +15,26 @@ use istio_proxy::telemetry::{LogOptions, Logs, NodeLabels, Telemetry};
 use istio_proxy::tls::Secrets;
 use istio_proxy::worker::{Settings, Workers};
 use proxy_config::Model;
-use proxy_config::model::{
-    Address, CircuitBreakers, Cluster, ClusterKind, Direction, Endpoint, Endpoints, FilterChain, HealthStatus,
-    LbPolicy, Listener, LocalityEndpoints, NetworkFilter, TcpProxy, Transport, WeightedName,
-};
+use proxy_config::model::{Direction, Transport};
+use tcp::{cluster, echo, free, listener};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
 /// How long an event may take on a busy machine.
 const LIMIT: Duration = Duration::from_secs(20);
 
-fn listener(address: SocketAddr, direction: Direction) -> Listener {
-    let to = WeightedName { cluster: "app".into(), weight: 1 };
-    let tcp = TcpProxy {
-        stat_prefix: "app".to_owned(),
-        clusters: vec![to],
-        idle_timeout: None,
-        max_downstream_connection_duration: None,
-        hash_source_ip: false,
-        tunneling: None,
-        access_log: Vec::new(),
-    };
-    Listener {
-        name: address.to_string().into(),
-        address: Address::Socket(address),
-        additional_addresses: Vec::new(),
-        direction,
-        bind_to_port: true,
-        use_original_dst: false,
-        transparent: false,
-        listener_filters: Vec::new(),
-        listener_filters_timeout: None,
-        continue_on_listener_filters_timeout: false,
-        filter_chains: vec![FilterChain { filters: vec![NetworkFilter::TcpProxy(tcp)], ..FilterChain::default() }],
-        default_filter_chain: None,
-        access_log: Vec::new(),
-        exact_balance: false,
-        max_accepts_per_event: None,
-    }
-}
-
-fn cluster(app: SocketAddr) -> Cluster {
-    let host = Endpoint {
-        address: Address::Socket(app),
-        health: HealthStatus::default(),
-        weight: 1,
-        transport_labels: Default::default(),
-        workload: String::new(),
-        hostname: String::new(),
-        metadata: Default::default(),
-    };
-    let locality = LocalityEndpoints { endpoints: vec![host], ..LocalityEndpoints::default() };
-    Cluster {
-        name: "app".into(),
-        kind: ClusterKind::Static(Endpoints { localities: vec![locality], ..Endpoints::default() }),
-        lb: LbPolicy::Random,
-        connect_timeout: None,
-        limits: CircuitBreakers::default(),
-        outlier: None,
-        healthy_panic_threshold: None,
-        locality_weighted: false,
-        http: Default::default(),
-        transport_matches: Vec::new(),
-        transport: Transport::Raw,
-        source_address: None,
-        tcp_keepalive: None,
-        upstream_port_override: None,
-        istio: Default::default(),
-        metadata_exchange: None,
-        dns: None,
-        close_on_host_failure: false,
-        alt_stat_name: String::new(),
-        tcp_idle_timeout: None,
-        unsupported: Vec::new(),
-    }
-}
-
 fn compiled(app: SocketAddr, listeners: &[(SocketAddr, Direction)]) -> Arc<Snapshot> {
     let mut model = Model::default();
-    model.clusters.insert("app".into(), Arc::new(cluster(app)));
+    model.clusters.insert("app".into(), Arc::new(cluster("app", app, Transport::Raw)));
     for (address, direction) in listeners {
-        let listener = listener(*address, *direction);
+        let listener = listener(*address, *direction, "app", None);
         model.listeners.insert(Arc::clone(&listener.name), Arc::new(listener));
     }
     let (snapshot, rejects) = snapshot::compile(None, &model, &Secrets::new());
     assert!(rejects.is_empty(), "{rejects:?}");
     Arc::new(snapshot)
-}
-
-/// An application that echoes; its address.
-async fn echo() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-    let address = listener.local_addr().expect("bound");
-    tokio::spawn(async move {
-        while let Ok((mut tcp, _)) = listener.accept().await {
-            tokio::spawn(async move {
-                let (mut reader, mut writer) = tcp.split();
-                tokio::io::copy(&mut reader, &mut writer).await
-            });
-        }
-    });
-    address
-}
-
-async fn free() -> SocketAddr {
-    TcpListener::bind("127.0.0.1:0").await.and_then(|l| l.local_addr()).expect("a port")
 }
 
 struct Proxy {

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 
+use super::support::shop::{mtls, pod, service};
 use super::support::{
     self, LIMIT, Proxy, certificates, folder, give_to_proxy, in_own_network, public_binary, redirect, run, wait_for,
 };
@@ -18,27 +19,6 @@ pub(crate) const SERVICE: &str = "10.9.0.1:8080";
 pub(crate) const OUTBOUND: &str = "10.96.9.1:80";
 /// Memory that an attack may leave behind or hold, unless it says otherwise.
 pub(crate) const GROWTH: u64 = 64 << 20;
-
-const MESH: &str = "
-apiVersion: v1
-kind: Service
-metadata: {name: web, namespace: shop}
-spec:
-  clusterIP: 10.96.9.1
-  selector: {app: web}
-  ports: [{name: http, port: 80, targetPort: 8080}]
----
-apiVersion: v1
-kind: Pod
-metadata: {name: web-1, namespace: shop, labels: {app: web, security.istio.io/tlsMode: istio}}
-spec: {serviceAccountName: web}
-status: {phase: Running, podIP: 10.9.0.1, conditions: [{type: Ready, status: 'True'}]}
----
-apiVersion: security.istio.io/v1
-kind: PeerAuthentication
-metadata: {name: default, namespace: shop}
-spec: {mtls: {mode: PERMISSIVE}}
-";
 
 /// Runs a test with a sidecar in a namespace of its own; `name` is the test's whole name. Without the privilege it says so.
 pub(crate) fn inside(name: &str, body: impl FnOnce(&mut World)) {
@@ -96,7 +76,8 @@ impl World {
         let dir = folder(&[("mesh.yaml", "{}")]);
         let config = dir.path().join("config");
         std::fs::create_dir(&config).expect("a folder");
-        std::fs::write(config.join("objects.yaml"), MESH).expect("a file");
+        let objects = [service("10.96.9.1", 80, 8080), pod("web", "10.9.0.1"), mtls("PERMISSIVE")].concat();
+        std::fs::write(config.join("objects.yaml"), objects).expect("a file");
         certificates(dir.path(), &[("web", "spiffe://cluster.local/ns/shop/sa/web")]);
         let binary = public_binary(dir.path());
         give_to_proxy(dir.path());
