@@ -244,6 +244,14 @@ async fn whoever_is_not_the_control_plane_is_told_nothing() {
     let refused = until(&mut news, |news| news.failures == 1).await;
     assert!(refused.trouble.expect("told").contains("no name of the certificate is expected"));
     assert!(istiod.ca.calls().is_empty());
+
+    let istiod = Istiod::start(Setup { expired: true, ..Setup::default() }).await.expect("a control plane");
+    let workload = Workload::of(&istiod);
+    let mut news = workload.start();
+    let refused = until(&mut news, |news| news.failures == 1).await;
+    let why = refused.trouble.expect("told");
+    assert!(why.to_lowercase().contains("expired"), "{why}");
+    assert!(istiod.ca.calls().is_empty());
 }
 
 #[tokio::test]

@@ -25,8 +25,6 @@ use super::{Call, Log, Reply, Service};
 pub const SERVICE: &str = "envoy.service.discovery.v3.AggregatedDiscoveryService";
 /// Orders that a slow stream may be behind.
 const ORDERS: usize = 4096;
-/// How long an event may take on a busy machine.
-const LIMIT: std::time::Duration = std::time::Duration::from_secs(60);
 
 /// A request as it was heard.
 #[derive(Debug, Clone)]
@@ -144,18 +142,7 @@ impl Ads {
     /// # Panics
     /// When it does not come within a minute.
     pub async fn hears(&self, is: impl Fn(&Heard) -> bool) -> Heard {
-        let found = async {
-            let mut known = 0;
-            loop {
-                let all = self.heard.reach(known).await;
-                if let Some(heard) = all.iter().find(|heard| is(heard)) {
-                    return heard.clone();
-                }
-                known = all.len() + 1;
-            }
-        };
-        // Other requests may go on for ever.
-        tokio::time::timeout(LIMIT, found).await.expect("it is heard within a minute")
+        self.heard.find(0, is).await
     }
 
     fn order(&self, order: Order) {

@@ -154,14 +154,16 @@ impl Ca {
         Ok((certificate.pem() + &state.signer.intermediate, key.serialize_pem()))
     }
 
-    /// A server of these hosts that asks clients for certificates of `clients` and lets in those who have none.
+    /// A server of these hosts that asks clients for certificates of `clients` and lets in those who have none. `expired`:
+    /// its own is over.
     ///
     /// # Errors
     /// When keys cannot be made.
-    pub fn server_config(&self, hosts: &[String], clients: &Self) -> Result<ServerConfig> {
+    pub fn server_config(&self, hosts: &[String], clients: &Self, expired: bool) -> Result<ServerConfig> {
         let key = KeyPair::generate()?;
         let now = OffsetDateTime::now_utc();
-        let mut params = leaf(now - SKEW, now + ROOT_LIFETIME);
+        let end = if expired { now - SKEW / 2 } else { now + ROOT_LIFETIME };
+        let mut params = leaf(now - SKEW, end);
         params.subject_alt_names =
             hosts.iter().map(|host| Ok(SanType::DnsName(host.as_str().try_into()?))).collect::<Result<_>>()?;
         let state = self.state();

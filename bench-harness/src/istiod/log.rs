@@ -50,6 +50,32 @@ impl<T: Clone> Log<T> {
         self.len() == 0
     }
 
+    /// Waits for the first event from this one on (they count from 0) of which something holds.
+    ///
+    /// # Panics
+    /// When it does not come within a minute: a test has failed.
+    pub async fn find(&self, from: usize, is: impl Fn(&T) -> bool) -> T {
+        let mut counted = self.count.subscribe();
+        let found = async {
+            let mut next = from;
+            loop {
+                // The guard must not be held while somebody pushes, who holds the events while it asks for the count.
+                let many = *counted.borrow_and_update();
+                if many > next {
+                    let events = self.events.lock().unwrap_or_else(PoisonError::into_inner);
+                    if let Some(event) = events[next..many].iter().find(|event| is(event)) {
+                        return event.clone();
+                    }
+                    next = many;
+                }
+                // The sender is ours.
+                let _ = counted.changed().await;
+            }
+        };
+        // Others may come for ever.
+        tokio::time::timeout(LIMIT, found).await.expect("the event comes within a minute")
+    }
+
     /// Waits until there are that many, and returns all.
     ///
     /// # Panics

@@ -47,6 +47,8 @@ pub struct Setup {
     pub names: Vec<String>,
     /// Whose certificate the server shows; its own CA's when `None`.
     pub server_ca: Option<Arc<Ca>>,
+    /// The certificate that the server shows is over.
+    pub expired: bool,
 }
 
 impl Istiod {
@@ -61,7 +63,7 @@ impl Istiod {
         };
         let names = if setup.names.is_empty() { vec![NAME.to_owned()] } else { setup.names };
         let signer = setup.server_ca.as_ref().unwrap_or(&ca);
-        let tls = signer.server_config(&names, &ca)?;
+        let tls = signer.server_config(&names, &ca, setup.expired)?;
         let mut services = setup.services;
         services.push((ca::SERVICE, Arc::clone(&ca) as _));
         let server = Server::start(Some(tls), services).await?;
