@@ -293,7 +293,7 @@ fn normalised<'p>(said: &'p str, options: &HttpOptions) -> Result<Cow<'p, str>, 
 fn policies_of_connection(asked: &Asked<'_>, chain: &Chain, answer: &mut Answer) {
     for filter in &chain.l4 {
         match filter {
-            Filter::Rbac(rbac) => judge(asked, "network", rbac, (None, None), answer),
+            Filter::Rbac(rbac) => judge(asked, (rbac, asked.call.source().ip()), (None, None), answer),
             Filter::MetadataExchange(_) => {}
             Filter::Unsupported(name) => {
                 answer.notes.push(format!("connections are refused: {name} is not supported"));
@@ -313,7 +313,10 @@ fn policies_of_request(
     let mut metadata = None;
     for filter in &http.filters {
         match filter {
-            HttpFilter::Rbac(rbac) => judge(asked, "http", rbac, (Some(request), metadata.as_deref()), answer),
+            HttpFilter::Rbac(rbac) => {
+                let client = http.options.client(request.headers, asked.call.source().ip());
+                judge(asked, (rbac, client), (Some(request), metadata.as_deref()), answer);
+            }
             HttpFilter::JwtAuthn(jwt) => metadata = tokens(jwt, request, answer),
             HttpFilter::Unsupported { name, security } => {
                 answer.notes.push(format!("filter {name} is not supported"));
@@ -352,17 +355,17 @@ fn tokens(jwt: &Jwt, request: &RequestView<'_>, answer: &mut Answer) -> Option<A
     }
 }
 
+/// What one RBAC filter says; with a request it is the filter of HTTP.
 fn judge(
     asked: &Asked<'_>,
-    filter: &str,
-    rbac: &Rbac,
+    (rbac, remote_ip): (&Rbac, IpAddr),
     (request, metadata): (Option<&RequestView<'_>>, Option<&Metadata>),
     answer: &mut Answer,
 ) {
     let attributes = Attributes {
         peer: asked.peer.as_ref(),
         direct_remote: asked.call.source(),
-        remote_ip: asked.call.source().ip(),
+        remote_ip,
         destination: asked.call.destination(),
         sni: Some(&*asked.sni).filter(|sni| !sni.is_empty() && asked.call.tls != Tls::Plaintext),
         request,
@@ -370,7 +373,7 @@ fn judge(
     };
     let verdict = rbac.check(&attributes);
     answer.policies.push(Policy {
-        filter: filter.to_owned(),
+        filter: if request.is_some() { "http" } else { "network" }.to_owned(),
         allowed: verdict.allowed,
         policy: verdict.policy.map(ToString::to_string),
         why: rbac.why(&attributes).map(|denial| denial.to_string()),

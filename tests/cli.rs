@@ -180,3 +180,27 @@ fn mistakes_of_many_kinds_are_told_with_their_place() {
     }
     assert!(silent.is_empty(), "{silent}");
 }
+
+#[test]
+fn explain_believes_the_nearest_proxy_about_the_client() {
+    let policy = "---
+apiVersion: security.istio.io/v1
+kind: AuthorizationPolicy
+metadata: {name: office, namespace: shop}
+spec:
+  action: ALLOW
+  rules: [{from: [{source: {remoteIpBlocks: [192.0.2.0/24]}}]}]
+";
+    let dir = folder(&[("a.yaml", &format!("{SERVICE}{policy}"))]);
+    let path = dir.path().to_str().expect("UTF-8");
+    let who = [("POD_NAMESPACE", "shop"), ("POD_NAME", "web-1"), ("INSTANCE_IP", "10.0.0.1")];
+    for (forwarded, word) in [("192.0.2.7, 10.0.0.9", "denies"), ("10.0.0.9, 192.0.2.7", "allows")] {
+        let header = format!("x-forwarded-for: {forwarded}");
+        let call = ["--mode", "inbound", "--address", "10.0.0.1", "--port", "8080", "--source-ip", "10.0.0.9"];
+        let args: Vec<&str> =
+            ["explain", "--config", path].into_iter().chain(call).chain(["--header", &header]).collect();
+        let run = istio_proxy_in(&args, &who, "");
+        assert_eq!(run.code, 0, "{}", run.err);
+        assert!(run.out.contains(&format!("http {word}")), "{forwarded}: {}", run.out);
+    }
+}

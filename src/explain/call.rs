@@ -83,7 +83,7 @@ pub struct Call {
     /// Host header.
     #[serde(alias = "hostHeader", skip_serializing_if = "String::is_empty")]
     pub host: String,
-    /// Path with query; `/` when absent.
+    /// Path with query; `/` when absent, and none for CONNECT.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub path: String,
     /// Method; GET when absent.
@@ -285,9 +285,9 @@ impl Call {
         said.parse().with_context(|| format!("method {said:?}"))
     }
 
-    /// Path with query.
+    /// Path with query. A CONNECT that says none has none.
     pub fn request_path(&self) -> &str {
-        if self.path.is_empty() { "/" } else { &self.path }
+        if self.path.is_empty() && self.method != "CONNECT" { "/" } else { &self.path }
     }
 
     /// Host with port, as sent: `host`, else a header of that name.
@@ -353,6 +353,8 @@ mod tests {
         assert_eq!((tls.offered(), tls.server_name()), (vec!["http/1.1".to_owned()], "a".to_owned()));
         let plain = call(r#"{"port": 1, "callMode": "", "headers": {"Host": ["b"]}}"#);
         assert!(plain.offered().is_empty() && plain.authority() == "b" && plain.header_map().unwrap().is_empty());
+        assert_eq!(plain.request_path(), "/");
+        assert_eq!(call(r#"{"port": 1, "method": "CONNECT", "host": "a:1"}"#).request_path(), "");
     }
 
     #[test]

@@ -1,9 +1,10 @@
 //! Filter chains: what happens to a connection once it is known what it is.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use http::header::HeaderValue;
+use http::header::{HeaderMap, HeaderName, HeaderValue};
 use proxy_config::model;
 
 use super::cluster::WeightedClusters;
@@ -208,4 +209,41 @@ pub struct HttpOptions {
     pub tracing: Option<model::Tracing>,
     /// Who spans are reported by; `None`: nobody.
     pub tracer: Option<Arc<Tracer>>,
+}
+
+const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+
+impl HttpOptions {
+    /// Who the client is: `peer` where its address is the one that counts, else the address that the nearest proxy saw,
+    /// when the headers have one.
+    pub fn client(&self, headers: &HeaderMap, peer: IpAddr) -> IpAddr {
+        if self.use_remote_address { peer } else { last_forwarded(headers).unwrap_or(peer) }
+    }
+}
+
+fn last_forwarded(headers: &HeaderMap) -> Option<IpAddr> {
+    let last = headers.get_all(FORWARDED_FOR).iter().next_back()?.to_str().ok()?;
+    last.rsplit(',').next()?.trim().parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_nearest_proxy_says_who_the_client_is() {
+        for (sent, expected) in [
+            (&["1.1.1.1, 2.2.2.2"][..], Some("2.2.2.2")),
+            (&["1.1.1.1", "3.3.3.3"], Some("3.3.3.3")),
+            (&["::1"], Some("::1")),
+            (&["1.1.1.1, unknown"], None),
+            (&[], None),
+        ] {
+            let mut headers = HeaderMap::new();
+            for value in sent {
+                headers.append(FORWARDED_FOR, value.parse().unwrap());
+            }
+            assert_eq!(last_forwarded(&headers), expected.map(|e| e.parse().unwrap()), "{sent:?}");
+        }
+    }
 }

@@ -34,6 +34,8 @@ mod validation;
 mod vm;
 #[cfg(feature = "conformance")]
 mod wire;
+#[cfg(feature = "conformance")]
+mod wire_explain;
 mod xds;
 
 use std::fs;

@@ -9,11 +9,12 @@ use std::sync::Mutex;
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 
+use super::explain::From;
 use super::input::Input;
 use super::judge::{self, Happened};
 use super::stage::{Mouth, Side, Stage};
 use super::tally::{Difference, Tally};
-use super::{Bench, Set, cases};
+use super::{Bench, Set, cases, wire_explain};
 
 /// Stages at work at a time.
 const LANES: usize = 4;
@@ -121,20 +122,24 @@ fn group_on(bench: &Bench<'_>, proxy: &Path, tag: &str, group: &Group<'_>) -> Re
     let mut stage = Stage::build(tag, group.side, &group.certs, &group.own)?;
     let recording = group.config.join("xds");
     let certs = certificates(&group.certs)?;
-    for case in &group.cases {
+    let mut foretold = foretold(proxy, group, &input, &recording);
+    for (at, case) in group.cases.iter().enumerate() {
         let name = format!("{} ({})", text(&case["id"]), group.mouth.name());
         let judged = json!({"case": case, "input": content, "certs": shown_by(case, &certs)});
         if case["fresh"] == true {
             stage.stop();
         }
         let started = stage.ensure(proxy, group.mouth, &input, &recording);
-        let found = match started.and_then(|()| one(&mut stage, case)) {
+        let mut found = match started.and_then(|()| one(&mut stage, case)) {
             Ok(happened) => judge::differences(case, &happened),
             Err(error) => {
                 stage.stop();
                 vec![Difference::new("run", "a running proxy", format!("{error:#}"))]
             }
         };
+        if let Some(answer) = foretold.remove(&at) {
+            found.extend(wire_explain::differences(case, &answer));
+        }
         tally.judge(bench.rules, &name, &judged, found);
     }
     if let Some(told) = stage.panicked() {
@@ -142,6 +147,24 @@ fn group_on(bench: &Bench<'_>, proxy: &Path, tag: &str, group: &Group<'_>) -> Re
         tally.judge(bench.rules, &format!("{} never panics", group.config.display()), &content, found);
     }
     Ok(tally)
+}
+
+/// What `explain` says of the group's cases, by their place.
+fn foretold(proxy: &Path, group: &Group<'_>, input: &Input, recording: &Path) -> BTreeMap<usize, Result<Value>> {
+    let from = match group.mouth {
+        Mouth::Recording => From::Recording(recording),
+        Mouth::Yaml => {
+            let (mesh, networks) = (input.mesh.clone(), input.networks.clone());
+            From::Yaml { files: input.files.clone(), mesh, networks }
+        }
+    };
+    let asked = group.cases.iter().enumerate();
+    let (places, calls): (Vec<usize>, Vec<Value>) =
+        asked.filter_map(|(at, case)| Some((at, wire_explain::call(case, group.side)?))).unzip();
+    if calls.is_empty() {
+        return BTreeMap::new();
+    }
+    places.into_iter().zip(wire_explain::ask(proxy, &from, &input.node, &calls)).collect()
 }
 
 /// Plays one case.
