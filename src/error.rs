@@ -48,6 +48,8 @@ pub enum Kind {
     StreamIdle,
     /// The whole request did not arrive in time.
     RequestTimeout,
+    /// The head of a request did not arrive in time.
+    HeadTimeout,
     /// The longest life of a connection.
     ConnDuration,
     /// The client went away.
@@ -261,6 +263,7 @@ impl Kind {
         Self::MaxStreamDuration,
         Self::StreamIdle,
         Self::RequestTimeout,
+        Self::HeadTimeout,
         Self::ConnDuration,
         Self::DownstreamGone,
         Self::DownstreamReset,
@@ -324,6 +327,7 @@ impl Kind {
             }
             Self::StreamIdle => row(Flags::SI, 408, "stream_idle_timeout", "stream timeout", false),
             Self::RequestTimeout => row(Flags::NONE, 408, "request_overall_timeout", "request timeout", false),
+            Self::HeadTimeout => row(Flags::NONE, 408, "request_header_timeout", "request header timeout", false),
             Self::ConnDuration => row(Flags::DT, 0, "duration_timeout", "", false),
             Self::DownstreamGone => row(Flags::DC, 0, "downstream_remote_disconnect", "", false),
             Self::DownstreamReset => row(Flags::DR, 0, "downstream_remote_reset", "", false),

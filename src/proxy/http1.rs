@@ -17,8 +17,8 @@ use tokio::time::timeout;
 
 use super::http::{Driven, Goodbye, MAX_BUFFER, MAX_HEADERS, Served, drive, until_goodbye};
 use super::live::Live;
-use super::request;
 use super::watched::Watched;
+use super::{late, request};
 use crate::net::Stream;
 use crate::net::sniff::Codec;
 use crate::snapshot::HttpOptions;
@@ -46,6 +46,12 @@ async fn speaking(stream: Stream, live: &Arc<Live>) -> hyper::Result<Option<Stre
     let io = TokioIo::new(Watched::new(stream, Codec::Http1, options.request_headers_timeout, &http.counts));
     let mut connection = Box::pin(builder(options, http.conn.eof).serve_connection(io, service).with_upgrades());
     match drive(&mut connection, |connection| connection.graceful_shutdown(), live, Codec::Http1).await {
+        Driven::Ended(Err(error)) if late::is_late(&error) => {
+            if let Some(parts) = std::pin::Pin::into_inner(connection).into_parts() {
+                Box::pin(late::answer(parts.io.into_inner(), http, FAREWELL)).await;
+            }
+            Err(error)
+        }
         Driven::Ended(served) => served.map(|()| None),
         // What the codec has read and not understood is nothing: no head has begun.
         Driven::Silent => {

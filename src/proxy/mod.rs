@@ -24,6 +24,7 @@ mod headers;
 mod http;
 mod http1;
 mod jwt;
+mod late;
 mod limits;
 mod live;
 mod mirror;

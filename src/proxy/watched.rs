@@ -53,6 +53,11 @@ impl Watched {
         self.inner
     }
 
+    /// Whether everything that was written is on its way.
+    pub(super) fn is_flushed(&self) -> bool {
+        !self.unflushed
+    }
+
     fn look(&mut self, bytes: &mut [u8]) -> io::Result<()> {
         let inside = match &mut self.watch {
             Watch::Http1(heads) => {
