@@ -35,6 +35,11 @@ bench: install-bench
 	cargo build --release -p istio-proxy -p bench-harness
 	$(SUDO) $(RELEASE)/bench-harness bench --proxy $(RELEASE)/istio-proxy $(ARGS)
 
+# What takes minutes to show: pushes, kills and rotations under load; ARGS="--case kills" for one of them.
+soak:
+	cargo build --release -p istio-proxy -p bench-harness
+	ulimit -n 16384 && $(RELEASE)/bench-harness soak --proxy $(RELEASE)/istio-proxy $(ARGS)
+
 # The whole proxy on a laptop: example YAML, its own CA, no control plane.
 run:
 	cargo build --profile quick-release -p istio-proxy

@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use bench_harness::{app, bench, conformance, demo};
+use bench_harness::{app, bench, conformance, demo, soak};
 use clap::{Parser, Subcommand};
 
 /// Load, peers, the demo and the conformance runner of istio-proxy.
@@ -20,6 +20,8 @@ enum Command {
     Conformance(conformance::Args),
     /// Measures the proxy beside Envoy and HAProxy.
     Bench(bench::Args),
+    /// Pushes, kills and rotations for minutes, under load.
+    Soak(soak::Args),
     /// The bench's service.
     BenchBackend(bench::BackendArgs),
     /// The bench's load.
@@ -38,6 +40,7 @@ fn main() -> ExitCode {
         Command::Demo(args) => demo::run(&args),
         Command::Conformance(args) => conformance::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Soak(args) => soak::run(&args),
         Command::BenchBackend(args) => bench::backend(&args),
         Command::BenchLoad(args) => bench::load(&args),
         #[cfg(feature = "conformance")]

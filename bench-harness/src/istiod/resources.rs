@@ -6,10 +6,16 @@ use envoy_types::pb::envoy::config::cluster::v3 as cluster;
 use envoy_types::pb::envoy::config::core::v3 as core;
 use envoy_types::pb::envoy::config::endpoint::v3 as endpoint;
 use envoy_types::pb::envoy::config::listener::v3 as listener;
+use envoy_types::pb::envoy::config::rbac::v3 as rbac;
 use envoy_types::pb::envoy::config::route::v3 as route;
+use envoy_types::pb::envoy::extensions::filters::http::rbac::v3 as http_rbac;
 use envoy_types::pb::envoy::extensions::filters::http::router::v3::Router;
 use envoy_types::pb::envoy::extensions::filters::network::http_connection_manager::v3 as hcm;
+use envoy_types::pb::envoy::extensions::filters::network::rbac::v3 as network_rbac;
 use envoy_types::pb::envoy::extensions::filters::network::tcp_proxy::v3 as tcp;
+use envoy_types::pb::envoy::extensions::transport_sockets::tls::v3 as tls;
+use envoy_types::pb::envoy::extensions::upstreams::http::v3 as upstream;
+use envoy_types::pb::envoy::r#type::matcher::v3 as matcher;
 use envoy_types::pb::google::protobuf as wkt;
 use prost::{Message, Name};
 use proxy_config::xds::Any;
@@ -72,6 +78,17 @@ pub fn assignment(name: &str, of: &[SocketAddr]) -> Any {
         endpoints: vec![locality],
         ..Default::default()
     })
+}
+
+/// The same with one more endpoint, which is ill.
+pub fn with_ill(name: &str, of: &[SocketAddr], ill: SocketAddr) -> Any {
+    let mut all: endpoint::ClusterLoadAssignment = unpacked(&assignment(name, of));
+    let added: endpoint::ClusterLoadAssignment = unpacked(&assignment(name, &[ill]));
+    let mut added = added.endpoints.into_iter().flat_map(|locality| locality.lb_endpoints);
+    let mut endpoint = added.next().expect("one endpoint");
+    endpoint.health_status = core::HealthStatus::Unhealthy.into();
+    all.endpoints[0].lb_endpoints.push(endpoint);
+    any(&all)
 }
 
 /// A table that sends everything to one cluster; `marks` are further, unused virtual hosts, to tell versions apart.
@@ -185,4 +202,167 @@ pub fn cors_extension(name: &str) -> Any {
 /// A name table without names.
 pub fn no_names() -> Any {
     Any { type_url: "type.googleapis.com/istio.networking.nds.v1.NameTable".into(), value: bytes::Bytes::new() }
+}
+
+/// The message inside, as it was packed here.
+fn unpacked<M: Message + Default>(of: &Any) -> M {
+    M::decode(&*of.value).expect("a resource that was made here")
+}
+
+/// The cluster with another protocol than HTTP/1: the one that the client speaks, as istiod writes it for ports without a
+/// name; and with istiod's limits, which are none.
+pub fn like_client(cluster: &Any) -> Any {
+    let mut cluster: cluster::Cluster = unpacked(cluster);
+    let options = upstream::HttpProtocolOptions {
+        upstream_protocol_options: Some(
+            upstream::http_protocol_options::UpstreamProtocolOptions::UseDownstreamProtocolConfig(
+                upstream::http_protocol_options::UseDownstreamHttpConfig {
+                    http_protocol_options: Some(core::Http1ProtocolOptions::default()),
+                    http2_protocol_options: Some(core::Http2ProtocolOptions::default()),
+                    ..Default::default()
+                },
+            ),
+        ),
+        ..Default::default()
+    };
+    let key = "envoy.extensions.upstreams.http.v3.HttpProtocolOptions".to_owned();
+    cluster.typed_extension_protocol_options.insert(key, packed(&options));
+    let all = Some(wkt::UInt32Value { value: u32::MAX });
+    let thresholds = cluster::circuit_breakers::Thresholds {
+        max_connections: all,
+        max_pending_requests: all,
+        max_requests: all,
+        max_retries: all,
+        ..Default::default()
+    };
+    cluster.circuit_breakers = Some(cluster::CircuitBreakers { thresholds: vec![thresholds], ..Default::default() });
+    any(&cluster)
+}
+
+/// Secrets of these names, from the agent's socket, as istiod writes it.
+fn secret(name: &str) -> tls::SdsSecretConfig {
+    let grpc = core::grpc_service::EnvoyGrpc { cluster_name: "sds-grpc".into(), ..Default::default() };
+    let service = core::GrpcService {
+        target_specifier: Some(core::grpc_service::TargetSpecifier::EnvoyGrpc(grpc)),
+        ..Default::default()
+    };
+    let api = core::ApiConfigSource { api_type: 2, grpc_services: vec![service], ..Default::default() };
+    let source = core::config_source::ConfigSourceSpecifier::ApiConfigSource(api);
+    let source = core::ConfigSource { config_source_specifier: Some(source), ..Default::default() };
+    tls::SdsSecretConfig { name: name.into(), sds_config: Some(source) }
+}
+
+fn exactly(text: &str) -> matcher::StringMatcher {
+    let pattern = Some(matcher::string_matcher::MatchPattern::Exact(text.into()));
+    matcher::StringMatcher { match_pattern: pattern, ..Default::default() }
+}
+
+/// The workload's certificate and the mesh's roots; `peers` are the only names that are accepted, all when there are none.
+fn workload(peers: &[&str]) -> tls::CommonTlsContext {
+    #[expect(deprecated, reason = "istiod writes this field")]
+    let names = tls::CertificateValidationContext {
+        match_subject_alt_names: peers.iter().map(|peer| exactly(peer)).collect(),
+        ..Default::default()
+    };
+    let combined = tls::common_tls_context::CombinedCertificateValidationContext {
+        default_validation_context: Some(names),
+        validation_context_sds_secret_config: Some(secret("ROOTCA")),
+        ..Default::default()
+    };
+    tls::CommonTlsContext {
+        tls_certificate_sds_secret_configs: vec![secret("default")],
+        validation_context_type: Some(tls::common_tls_context::ValidationContextType::CombinedValidationContext(
+            combined,
+        )),
+        alpn_protocols: vec!["h2".into(), "http/1.1".into()],
+        ..Default::default()
+    }
+}
+
+fn socket<M: Message + Name>(context: &M) -> core::TransportSocket {
+    core::TransportSocket {
+        name: "envoy.transport_sockets.tls".into(),
+        config_type: Some(core::transport_socket::ConfigType::TypedConfig(packed(context))),
+    }
+}
+
+/// The cluster, its hosts asked by mTLS and expected to be this SPIFFE id.
+pub fn mutual(cluster: &Any, server: &str) -> Any {
+    let mut cluster: cluster::Cluster = unpacked(cluster);
+    let mut common = workload(&[server]);
+    common.alpn_protocols.clear();
+    let context =
+        tls::UpstreamTlsContext { common_tls_context: Some(common), sni: "inside".into(), ..Default::default() };
+    cluster.transport_socket = Some(socket(&context));
+    any(&cluster)
+}
+
+/// Rules that allow these SPIFFE ids and nobody else.
+fn allow(principals: &[&str]) -> rbac::Rbac {
+    let anything = rbac::Permission { rule: Some(rbac::permission::Rule::Any(true)) };
+    let principal = |id: &&str| rbac::Principal {
+        identifier: Some(rbac::principal::Identifier::Authenticated(rbac::principal::Authenticated {
+            principal_name: Some(exactly(id)),
+        })),
+    };
+    let policy = rbac::Policy {
+        permissions: vec![anything],
+        principals: principals.iter().map(principal).collect(),
+        ..Default::default()
+    };
+    rbac::Rbac { action: 0, policies: [("allowed".to_owned(), policy)].into(), ..Default::default() }
+}
+
+/// The listener as a workload's own: mTLS, and connections of these SPIFFE ids only.
+pub fn inbound(listener: &Any, principals: &[&str]) -> Any {
+    let mut listener: listener::Listener = unpacked(listener);
+    listener.traffic_direction = core::TrafficDirection::Inbound.into();
+    let filter =
+        network_rbac::Rbac { rules: Some(allow(principals)), stat_prefix: "tcp.".into(), ..Default::default() };
+    let filter = listener::Filter {
+        name: "envoy.filters.network.rbac".into(),
+        config_type: Some(listener::filter::ConfigType::TypedConfig(packed(&filter))),
+    };
+    let context = tls::DownstreamTlsContext {
+        common_tls_context: Some(workload(&[])),
+        require_client_certificate: Some(wkt::BoolValue { value: true }),
+        ..Default::default()
+    };
+    for chain in &mut listener.filter_chains {
+        chain.filters.insert(0, filter.clone());
+        chain.transport_socket = Some(socket(&context));
+    }
+    any(&listener)
+}
+
+/// A filter of requests that denies paths with this prefix.
+pub fn deny_path(prefix: &str) -> HttpFilter {
+    let path = matcher::path_matcher::Rule::Path(matcher::StringMatcher {
+        match_pattern: Some(matcher::string_matcher::MatchPattern::Prefix(prefix.into())),
+        ..Default::default()
+    });
+    let permission =
+        rbac::Permission { rule: Some(rbac::permission::Rule::UrlPath(matcher::PathMatcher { rule: Some(path) })) };
+    let anybody = rbac::Principal { identifier: Some(rbac::principal::Identifier::Any(true)) };
+    let policy = rbac::Policy { permissions: vec![permission], principals: vec![anybody], ..Default::default() };
+    let rules = rbac::Rbac { action: 1, policies: [("denied".to_owned(), policy)].into(), ..Default::default() };
+    let config = http_rbac::Rbac { rules: Some(rules), ..Default::default() };
+    HttpFilter {
+        name: "envoy.filters.http.rbac".into(),
+        config_type: Some(hcm::http_filter::ConfigType::TypedConfig(packed(&config))),
+        ..Default::default()
+    }
+}
+
+/// The table, its responses marked with a header.
+pub fn marked(table: &Any, header: &str, value: &str) -> Any {
+    let mut table: route::RouteConfiguration = unpacked(table);
+    let header = core::HeaderValue { key: header.into(), value: value.into(), ..Default::default() };
+    let option = core::HeaderValueOption { header: Some(header), append_action: 2, ..Default::default() };
+    for host in &mut table.virtual_hosts {
+        for route in &mut host.routes {
+            route.response_headers_to_add.push(option.clone());
+        }
+    }
+    any(&table)
 }
