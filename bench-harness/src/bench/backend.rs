@@ -33,13 +33,18 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<ExitCode> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let listener = TcpListener::bind(args.listen).await?;
-        loop {
-            let (socket, _) = listener.accept().await?;
-            socket.set_nodelay(true)?;
-            tokio::spawn(serve(socket));
-        }
+        accept(TcpListener::bind(args.listen).await?).await?;
+        Ok(ExitCode::SUCCESS)
     })
+}
+
+/// Serves whoever comes, until there is an error.
+pub(super) async fn accept(listener: TcpListener) -> std::io::Result<()> {
+    loop {
+        let (socket, _) = listener.accept().await?;
+        socket.set_nodelay(true)?;
+        tokio::spawn(serve(socket));
+    }
 }
 
 async fn serve(socket: TcpStream) {

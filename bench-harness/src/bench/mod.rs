@@ -6,8 +6,10 @@ mod envoy;
 mod haproxy;
 mod idle;
 mod load;
+mod mesh;
 mod own;
 mod rig;
+mod scale;
 mod table;
 
 use std::fs;
@@ -49,10 +51,17 @@ pub struct Args {
     /// Silent connections that are held to see what each takes (cases idle-clear, idle-mtls).
     #[arg(long, default_value_t = 10_000)]
     idle: usize,
+    /// Services of the meshes of the case `scale`; may be repeated.
+    #[arg(long, value_name = "N", default_values_t = [1_000, 5_000])]
+    services: Vec<usize>,
+    /// A folder of recorded responses that the case `scale` serves too (ours only).
+    #[arg(long, value_name = "DIR")]
+    recording: Option<PathBuf>,
     /// Every run as JSON.
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
-    /// Exit code 1 when ours costs more than half of Envoy in a case, or takes more than 15 MB without configuration.
+    /// Exit code 1 when ours costs more than half of Envoy in a case, takes more than 15 MB without configuration, or more
+    /// than a fifth of Envoy's memory or time with a large mesh.
     #[arg(long)]
     check: bool,
 }
@@ -73,17 +82,24 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         measure(case, &programs, args, &mut runs)?;
     }
     let held = hold(&programs, args)?;
-    ensure!(!runs.is_empty() || !held.is_empty(), "no case of that name");
-    let rss = Rig::new(&CASES[0], &programs)?.rss_empty()?;
+    let scaled = grow(&programs, args)?;
+    ensure!(!runs.is_empty() || !held.is_empty() || !scaled.is_empty(), "no case of that name");
+    // A large mesh alone needs no namespaces.
+    let only_scaled = runs.is_empty() && held.is_empty();
+    let rss = if only_scaled { None } else { Some(Rig::new(&CASES[0], &programs)?.rss_empty()?) };
     let rows = table::rows(&runs);
-    print!("{}{}", table::text(&rows), idle::text(&held));
-    println!("RSS empty: {:.1} MB", table::megabytes(rss));
+    print!("{}{}{}", table::text(&rows), idle::text(&held), scale::text(&scaled));
+    if let Some(rss) = rss {
+        println!("RSS empty: {:.1} MB", table::megabytes(rss));
+    }
     if let Some(file) = &args.json {
-        let all = serde_json::json!({"rss_empty_bytes": rss, "rows": rows, "runs": runs, "idle": held});
+        let all =
+            serde_json::json!({"rss_empty_bytes": rss, "rows": rows, "runs": runs, "idle": held, "scale": scaled});
         fs::write(file, serde_json::to_vec_pretty(&all)?)
             .with_context(|| format!("cannot write {}", file.display()))?;
     }
-    let missed = table::missed(&rows, rss);
+    let mut missed = table::missed(&rows, rss.unwrap_or(0));
+    missed.extend(scale::missed(&scaled));
     for line in &missed {
         println!("missed: {line}");
     }
@@ -120,6 +136,15 @@ fn hold(programs: &Programs, args: &Args) -> Result<Vec<idle::Idle>> {
         }
     }
     Ok(all)
+}
+
+/// What large meshes take.
+fn grow(programs: &Programs, args: &Args) -> Result<Vec<scale::Scaled>> {
+    if !wanted(&args.case, scale::CASE) {
+        return Ok(Vec::new());
+    }
+    let peer = |peer: Peer| wanted(&args.peer, &format!("{peer:?}").to_lowercase());
+    scale::run(programs, &args.services, args.recording.as_deref(), peer)
 }
 
 /// Whether a name is asked for; without a wish every one is.

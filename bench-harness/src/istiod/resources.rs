@@ -26,7 +26,8 @@ fn url<M: Name>() -> String {
     format!("type.googleapis.com/{}", M::full_name())
 }
 
-fn any<M: Message + Name>(message: &M) -> Any {
+/// A message as a resource.
+pub fn any<M: Message + Name>(message: &M) -> Any {
     Any { type_url: url::<M>(), value: message.encode_to_vec().into() }
 }
 
@@ -35,12 +36,14 @@ pub fn packed<M: Message + Name>(message: &M) -> wkt::Any {
     wkt::Any { type_url: url::<M>(), value: message.encode_to_vec() }
 }
 
-fn ads() -> core::ConfigSource {
+/// "From this stream".
+pub fn ads() -> core::ConfigSource {
     let ads = core::config_source::ConfigSourceSpecifier::Ads(core::AggregatedConfigSource::default());
     core::ConfigSource { config_source_specifier: Some(ads), ..Default::default() }
 }
 
-fn address(of: SocketAddr) -> core::Address {
+/// A socket's address.
+pub fn address(of: SocketAddr) -> core::Address {
     let socket = core::SocketAddress {
         address: of.ip().to_string(),
         port_specifier: Some(core::socket_address::PortSpecifier::PortValue(of.port().into())),
