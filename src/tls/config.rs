@@ -12,10 +12,12 @@ use proxy_config::model::{CommonTls, DownstreamTls, TlsVersion, UpstreamTls, Val
 use rustls::client::Resumption;
 use rustls::crypto::aws_lc_rs::{self, cipher_suite as suite, kx_group};
 use rustls::crypto::{CryptoProvider, SupportedKxGroup};
-use rustls::{ClientConfig, DistinguishedName, ServerConfig, SupportedCipherSuite, SupportedProtocolVersion};
+use rustls::{
+    ClientConfig, DistinguishedName, RootCertStore, ServerConfig, SupportedCipherSuite, SupportedProtocolVersion,
+};
 
 use super::certs::{Identity, Roots, Secrets};
-use super::peer::Peer;
+use super::peer::{Peer, sha256};
 use super::verify::{NameRule, PeerVerifier};
 
 /// Sessions that a cluster remembers, one for each server name.
@@ -36,30 +38,37 @@ struct ServerInner {
 #[derive(Clone)]
 pub struct ClientTls(Arc<ClientInner>);
 
+/// Small before its first connection: a mesh has thousands of clusters of which a proxy calls a few.
 struct ClientInner {
-    base: ClientConfig,
+    /// What it has in common with other clusters; it trusts nobody.
+    base: Arc<ClientConfig>,
     sni: String,
     auto_sni: bool,
     alpn: Vec<String>,
     verifier: Arc<PeerVerifier>,
     /// One configuration for each list of protocols that was asked for. Touched once per new connection, never per
-    /// request; the lists are those of the configuration, a handful.
+    /// request; the lists are those of the configuration, a handful. They share the sessions of the first.
     by_alpn: Mutex<HashMap<Vec<String>, Arc<ClientConfig>>>,
 }
 
 /// Contexts by content, so that a configuration push that changes nothing keeps tickets and sessions.
 #[derive(Default)]
 pub(super) struct Contexts {
-    servers: Mutex<HashMap<String, Weak<ServerInner>>>,
-    clients: Mutex<HashMap<String, Weak<ClientInner>>>,
+    servers: Mutex<Known<ServerInner>>,
+    clients: Mutex<Known<ClientInner>>,
+    /// What clients are made from: versions, suites, own certificate.
+    client_bases: Mutex<Known<ClientConfig>>,
 }
+
+/// By the digest of the content: a cluster's settings are longer as a text than everything else that is kept of them.
+type Known<T> = HashMap<[u8; 32], Weak<T>>;
 
 impl ServerTls {
     /// Compiles a chain's context. `chain_key` names the chain: tickets of one chain mean nothing to another, even with
     /// equal settings. The error names what is missing or wrong.
     pub fn compile(said: &DownstreamTls, secrets: &Secrets, chain_key: &str) -> Result<Self, String> {
         let key = format!("{chain_key} {said:?} {}", material(&said.common, secrets));
-        let inner = cached(&secrets.contexts().servers, key, || ServerInner::build(said, secrets))?;
+        let inner = cached(&secrets.contexts().servers, &key, || ServerInner::build(said, secrets))?;
         Ok(Self(inner))
     }
 
@@ -112,7 +121,7 @@ impl ClientTls {
     /// Compiles a cluster's context. The error names what is missing or wrong.
     pub fn compile(said: &UpstreamTls, secrets: &Secrets) -> Result<Self, String> {
         let key = format!("{said:?} {}", material(&said.common, secrets));
-        let inner = cached(&secrets.contexts().clients, key, || ClientInner::build(said, secrets))?;
+        let inner = cached(&secrets.contexts().clients, &key, || ClientInner::build(said, secrets))?;
         Ok(Self(inner))
     }
 
@@ -153,7 +162,7 @@ impl ClientTls {
         if let Some(config) = known.get(alpn) {
             return Arc::clone(config);
         }
-        let mut config = self.0.base.clone();
+        let mut config = known.values().next().map_or_else(|| self.0.first(), |config| ClientConfig::clone(config));
         config.alpn_protocols = alpn.iter().map(|name| name.as_bytes().to_vec()).collect();
         let config = Arc::new(config);
         known.insert(alpn.to_vec(), Arc::clone(&config));
@@ -167,21 +176,8 @@ impl ClientTls {
 
 impl ClientInner {
     fn build(said: &UpstreamTls, secrets: &Secrets) -> Result<Self, String> {
-        let (provider, versions) = provider(&said.common)?;
-        let verifier = client_verifier(said, secrets, &provider)?;
-        let identity = identity(&said.common, secrets)?;
-        let builder = ClientConfig::builder_with_provider(Arc::new(provider))
-            .with_protocol_versions(&versions)
-            .map_err(|e| format!("TLS versions: {e}"))?
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::clone(&verifier) as _);
-        let mut base = match identity {
-            Some(identity) => builder
-                .with_client_auth_cert(identity.chain.clone(), identity.key.clone_key())
-                .map_err(|e| format!("certificate and key: {e}"))?,
-            None => builder.with_no_client_auth(),
-        };
-        base.resumption = Resumption::in_memory_sessions(CLIENT_SESSIONS);
+        let base = client_base(&said.common, secrets)?;
+        let verifier = client_verifier(said, secrets, base.crypto_provider())?;
         Ok(Self {
             base,
             sni: said.sni.clone(),
@@ -191,6 +187,37 @@ impl ClientInner {
             by_alpn: Mutex::default(),
         })
     }
+
+    /// With the cluster's own rules, and sessions of its own.
+    fn first(&self) -> ClientConfig {
+        let mut config = ClientConfig::clone(&self.base);
+        config.dangerous().set_certificate_verifier(Arc::clone(&self.verifier) as _);
+        config.resumption = Resumption::in_memory_sessions(CLIENT_SESSIONS);
+        config
+    }
+}
+
+/// The part of a client's configuration that does not say who the server must be. Reading a private key is what takes
+/// the time in it, and thousands of clusters show the same one.
+fn client_base(said: &CommonTls, secrets: &Secrets) -> Result<Arc<ClientConfig>, String> {
+    let own = CommonTls { validation: None, alpn: Vec::new(), ..said.clone() };
+    let key = format!("{own:?} {}", material(&own, secrets));
+    cached(&secrets.contexts().client_bases, &key, || {
+        let (provider, versions) = provider(&own)?;
+        let identity = identity(&own, secrets)?;
+        let builder = ClientConfig::builder_with_provider(Arc::new(provider))
+            .with_protocol_versions(&versions)
+            .map_err(|e| format!("TLS versions: {e}"))?
+            .with_root_certificates(RootCertStore::empty());
+        let mut base = match identity {
+            Some(identity) => builder
+                .with_client_auth_cert(identity.chain.clone(), identity.key.clone_key())
+                .map_err(|e| format!("certificate and key: {e}"))?,
+            None => builder.with_no_client_auth(),
+        };
+        base.resumption = Resumption::disabled();
+        Ok(base)
+    })
 }
 
 /// The same allocation: equal settings, shared sessions.
@@ -227,15 +254,19 @@ impl fmt::Debug for Contexts {
 }
 
 fn cached<T>(
-    known: &Mutex<HashMap<String, Weak<T>>>,
-    key: String,
+    known: &Mutex<Known<T>>,
+    content: &str,
     build: impl FnOnce() -> Result<T, String>,
 ) -> Result<Arc<T>, String> {
+    let key = <[u8; 32]>::try_from(sha256(content.as_bytes()).as_ref()).expect("SHA-256 has 32 bytes");
     let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(context) = known.get(&key).and_then(Weak::upgrade) {
         return Ok(context);
     }
-    known.retain(|_, context| context.strong_count() > 0);
+    // Looked through only when the number has doubled since: constant work for each new one.
+    if known.len() == known.capacity() {
+        known.retain(|_, context| context.strong_count() > 0);
+    }
     let context = Arc::new(build()?);
     known.insert(key, Arc::downgrade(&context));
     Ok(context)
@@ -270,6 +301,8 @@ fn server_verifier(
         return Err("client certificates cannot be checked without roots".to_owned());
     }
     verifier.mandatory = said.require_client_certificate;
+    let anchors = verifier.roots.iter().flat_map(|roots| &roots.anchors);
+    verifier.hints = anchors.map(|anchor| DistinguishedName::in_sequence(&anchor.subject)).collect();
     Ok(Some(Arc::new(verifier)))
 }
 
@@ -291,14 +324,13 @@ fn verifier(said: &Validation, secrets: &Secrets, provider: &CryptoProvider) -> 
         }
         _ => None,
     };
-    let hints = roots.iter().flat_map(|r| &r.anchors).map(|a| DistinguishedName::in_sequence(&a.subject)).collect();
     Ok(PeerVerifier {
         names: said.san.iter().map(NameRule::compile).collect::<Result<_, _>>()?,
         roots,
         accept_server_name: false,
         mandatory: false,
         algorithms: provider.signature_verification_algorithms,
-        hints,
+        hints: Vec::new(),
     })
 }
 

@@ -254,7 +254,7 @@ fn a_key_of_another_certificate_is_no_renewal() {
 }
 
 fn hash_of(secrets: &Secrets) -> String {
-    peer::hex(peer::sha256(&secrets.identity("default").unwrap().chain[0]).as_ref())
+    hex(peer::sha256(&secrets.identity("default").unwrap().chain[0]).as_ref())
 }
 
 #[tokio::test(start_paused = true)]

@@ -35,7 +35,7 @@ pub(super) struct PeerVerifier {
     /// A client without certificate is refused.
     pub(super) mandatory: bool,
     pub(super) algorithms: WebPkiSupportedAlgorithms,
-    /// Subjects of the roots, so that a client with several certificates can choose.
+    /// A server's: subjects of the roots, so that a client with several certificates can choose.
     pub(super) hints: Vec<DistinguishedName>,
 }
 
