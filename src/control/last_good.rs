@@ -10,20 +10,21 @@
 //! <protobuf>
 //! ```
 
-use std::io::Write;
+use std::io::{Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use aws_lc_rs::digest;
 use bytes::Bytes;
 use prost::Message;
 use proxy_config::xds::{Any, DiscoveryResponse, XdsBundle, decode};
 use proxy_config::{Model, Name};
 
 use super::{Control, Published};
-use crate::tls::{Identity, Roots, Secrets, hex_sha256};
+use crate::tls::{Identity, Roots, Secrets, hex, hex_sha256};
 use crate::xds::Kind;
 
 /// First line of the file: what it is, and its version. Another version is another line.
@@ -34,6 +35,9 @@ const FILE: &str = "last-good";
 pub const MAX_AGE: Duration = Duration::from_secs(7 * 86_400);
 /// At most one write in this time: pushes come in bursts.
 const PACE: Duration = Duration::from_secs(1);
+/// The same where only endpoints changed. In a large mesh they do all the time, a file is many megabytes, and endpoints of
+/// half a minute ago serve a start without a control plane nearly as well.
+const CALM: Duration = Duration::from_secs(30);
 
 /// Keys of tokens: URI, cluster, text.
 pub(super) type Keys = Vec<(Name, Name, Arc<str>)>;
@@ -120,10 +124,11 @@ impl Control {
         self.publish(Vec::new());
     }
 
-    /// Offers what is served now for keeping; not what was kept itself, which would make it young.
-    pub(super) fn offer(&self) {
+    /// Offers what is served now for keeping; not what was kept itself, which would make it young. `soon`: something else
+    /// than endpoints changed.
+    pub(super) fn offer(&self, soon: bool) {
         if let Some(keeper) = self.keeper.as_ref().filter(|_| self.kept.is_none()) {
-            keeper.offer(&self.published, self.keys.known());
+            keeper.offer(&self.published, self.keys.known(), soon);
         }
     }
 }
@@ -169,25 +174,34 @@ fn read(bytes: &[u8], node: &str, now: SystemTime) -> Result<LastGood> {
     Ok(LastGood { written, model, secrets, keys })
 }
 
-/// What is to be kept of what is published. `None`: nothing worth it yet, no listener or no certificate that it needs.
-fn encode(published: &Published, keys: &Keys, node: &str, now: SystemTime) -> Option<Vec<u8>> {
-    let of = |kind: Kind| {
-        let any = move |record: crate::xds::Record| {
-            record.accepted.map(|version| Any { type_url: kind.url().to_owned(), value: version.bytes })
-        };
-        published.received.of(kind).into_values().filter_map(any)
-    };
+/// Whether there is something worth keeping: a listener, and the certificate that it needs.
+fn is_worth_it(published: &Published) -> bool {
+    let listeners = published.received.of(Kind::Listener);
+    listeners.values().any(|record| record.accepted.is_some()) && published.awaited.is_none()
+}
+
+/// What is to be kept of what is published, after the checksum: messages that are one when they stand one after the other,
+/// so that a large mesh is never in memory a second time.
+fn parts(published: &Published, keys: &Keys, node: &str, now: SystemTime) -> impl Iterator<Item = Vec<u8>> {
+    let received = Arc::clone(&published.received);
     // Secrets of the stream are among the secrets.
     let kinds = Kind::ALL.into_iter().filter(|kind| *kind != Kind::Secret);
-    let resources: Vec<Any> = kinds.flat_map(of).collect();
-    if !resources.iter().any(|any| any.type_url == Kind::Listener.url()) || published.awaited.is_some() {
-        return None;
-    }
+    let resources = kinds.flat_map(move |kind| {
+        received.of(kind).into_values().filter_map(move |record| {
+            let any = Any { type_url: kind.url().to_owned(), value: record.accepted?.bytes };
+            Some(Saved { resources: vec![any], ..Saved::default() }.encode_to_vec())
+        })
+    });
+    std::iter::once(head(published, keys, node, now).encode_to_vec()).chain(resources)
+}
+
+/// Everything but resources.
+fn head(published: &Published, keys: &Keys, node: &str, now: SystemTime) -> Saved {
     let secrets = published.snapshot.secrets();
-    let saved = Saved {
+    Saved {
         node: node.to_owned(),
         written: now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
-        resources,
+        resources: Vec::new(),
         identities: secrets
             .identities()
             .map(|(name, identity)| SavedIdentity {
@@ -210,16 +224,26 @@ fn encode(published: &Published, keys: &Keys, node: &str, now: SystemTime) -> Op
                 keys: keys.to_string(),
             })
             .collect(),
-    };
-    let body = saved.encode_to_vec();
-    Some([HEADER, hex_sha256(&body).as_bytes(), b"\n", &body].concat())
+    }
 }
 
-fn write(folder: &Path, bytes: &[u8]) -> std::io::Result<()> {
+fn write(folder: &Path, parts: impl Iterator<Item = Vec<u8>>) -> std::io::Result<()> {
     std::fs::create_dir_all(folder)?;
     let beside = folder.join(format!("{FILE}.new"));
-    let mut file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
-    file.write_all(bytes)?;
+    let file = std::fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&beside)?;
+    let mut file = std::io::BufWriter::new(file);
+    file.write_all(HEADER)?;
+    // The checksum's place; nobody reads the file before it has its name.
+    file.write_all(&[b'0'; 64])?;
+    file.write_all(b"\n")?;
+    let mut sum = digest::Context::new(&digest::SHA256);
+    for part in parts {
+        sum.update(&part);
+        file.write_all(&part)?;
+    }
+    file.seek(SeekFrom::Start(HEADER.len() as u64))?;
+    file.write_all(hex(sum.finish().as_ref()).as_bytes())?;
+    let file = file.into_inner()?;
     file.sync_all()?;
     std::fs::rename(&beside, folder.join(FILE))?;
     std::fs::File::open(folder)?.sync_all()
@@ -230,8 +254,15 @@ pub struct Keeper(Arc<Slot>);
 
 #[derive(Default)]
 struct Slot {
-    offered: Mutex<Option<(Arc<Published>, Keys)>>,
+    offered: Mutex<Option<Offer>>,
     news: Condvar,
+}
+
+struct Offer {
+    published: Arc<Published>,
+    keys: Keys,
+    /// Something else than endpoints changed since the last one was taken.
+    soon: bool,
 }
 
 impl Keeper {
@@ -244,27 +275,38 @@ impl Keeper {
         let keeper = Self(Arc::clone(&slot));
         std::thread::Builder::new().name("last-good".to_owned()).spawn(move || {
             loop {
-                let (published, keys) = slot.wait();
-                if let Some(bytes) = encode(&published, &keys, &node, SystemTime::now())
-                    && let Err(e) = write(&folder, &bytes)
+                let Offer { published, keys, .. } = slot.wait();
+                if is_worth_it(&published)
+                    && let Err(e) = write(&folder, parts(&published, &keys, &node, SystemTime::now()))
                 {
                     tracing::warn!("{}: the last good configuration is not kept: {e}", folder.display());
                 }
+                drop((published, keys));
                 std::thread::sleep(PACE);
+                slot.rest(CALM - PACE);
             }
         })?;
         Ok(keeper)
     }
 
-    /// What is served now.
-    pub(super) fn offer(&self, published: &Arc<Published>, keys: Keys) {
-        *self.0.offered.lock().unwrap_or_else(PoisonError::into_inner) = Some((Arc::clone(published), keys));
+    /// What is served now, and whether something else than endpoints changed.
+    pub(super) fn offer(&self, published: &Arc<Published>, keys: Keys, soon: bool) {
+        let mut offered = self.0.offered.lock().unwrap_or_else(PoisonError::into_inner);
+        let soon = soon || offered.as_ref().is_some_and(|offer| offer.soon);
+        *offered = Some(Offer { published: Arc::clone(published), keys, soon });
         self.0.news.notify_one();
     }
 }
 
 impl Slot {
-    fn wait(&self) -> (Arc<Published>, Keys) {
+    /// Until something is offered that cannot wait, at most so long.
+    fn rest(&self, most: Duration) {
+        let offered = self.offered.lock().unwrap_or_else(PoisonError::into_inner);
+        let can_wait = |offered: &mut Option<Offer>| offered.as_ref().is_none_or(|offer| !offer.soon);
+        drop(self.news.wait_timeout_while(offered, most, can_wait));
+    }
+
+    fn wait(&self) -> Offer {
         let mut offered = self.offered.lock().unwrap_or_else(PoisonError::into_inner);
         loop {
             if let Some(offer) = offered.take() {
@@ -310,7 +352,7 @@ mod tests {
         let published = published();
         let keys: Keys = vec![("https://issuer/keys".into(), "".into(), "{}".into())];
         let now = SystemTime::now();
-        write(folder.path(), &encode(&published, &keys, NODE, now).unwrap()).unwrap();
+        write(folder.path(), parts(&published, &keys, NODE, now)).unwrap();
         let mode = std::fs::metadata(folder.path().join(FILE)).unwrap().permissions().mode();
         assert_eq!(mode & 0o777, 0o600);
         let back = load(folder.path(), NODE, now).unwrap().unwrap();
@@ -322,7 +364,9 @@ mod tests {
     #[test]
     fn what_is_damaged_foreign_or_old_is_refused() {
         let now = SystemTime::now();
-        let good = encode(&published(), &Keys::new(), NODE, now).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), parts(&published(), &Keys::new(), NODE, now)).unwrap();
+        let good = std::fs::read(folder.path().join(FILE)).unwrap();
         let error = |bytes: &[u8], node: &str, now| read(bytes, node, now).map(|_| ()).unwrap_err().to_string();
         for at in [HEADER.len() + 3, HEADER.len() + 80, good.len() - 1] {
             let mut broken = good.clone();
@@ -339,8 +383,23 @@ mod tests {
     #[test]
     fn nothing_is_kept_before_there_is_something_to_serve() {
         let empty = Published::nothing(Arc::new(Proxy::default()));
-        assert!(encode(&empty, &Keys::new(), NODE, UNIX_EPOCH).is_none());
+        assert!(!is_worth_it(&empty));
         let waiting = Published { awaited: Some("no workload certificate yet".to_owned()), ..published() };
-        assert!(encode(&waiting, &Keys::new(), NODE, UNIX_EPOCH).is_none());
+        assert!(!is_worth_it(&waiting) && is_worth_it(&published()));
+    }
+
+    #[test]
+    fn endpoints_alone_wait_and_everything_else_does_not() {
+        let slot = Arc::new(Slot::default());
+        let keeper = Keeper(Arc::clone(&slot));
+        let published = Arc::new(published());
+        keeper.offer(&published, Keys::new(), false);
+        slot.rest(Duration::ZERO);
+        keeper.offer(&published, Keys::new(), true);
+        keeper.offer(&published, Keys::new(), false);
+        // Nothing would end this but an offer that cannot wait, and the one that overtook it did not calm it.
+        slot.rest(Duration::MAX);
+        assert!(slot.wait().soon);
+        assert!(slot.offered.lock().unwrap().is_none());
     }
 }

@@ -42,7 +42,7 @@ impl Control {
             snapshot: Arc::new(snapshot),
             ..Published::clone(old)
         });
-        self.offer();
+        self.offer(false);
         Some(self.published())
     }
 }

@@ -24,5 +24,5 @@ mod tests;
 pub use certs::{CertInfo, Identity, Roots, Secrets, pem};
 pub use config::{ClientTls, ServerTls};
 pub use handshake::{HANDSHAKE_LIMIT, TlsError, accept, connect};
-pub use peer::{Peer, hex_sha256};
+pub use peer::{Peer, hex, hex_sha256};
 pub use spiffe::SpiffeId;

@@ -67,9 +67,10 @@ pub struct Step {
 #[derive(Default)]
 struct Watch {
     /// Names that we need; not used for wildcard types.
-    wanted: BTreeSet<Name>,
-    /// Names that this stream's server was told.
-    told: BTreeSet<Name>,
+    wanted: Arc<BTreeSet<Name>>,
+    /// Names that this stream's server was told: nearly always the same object, so that a push of one resource does not
+    /// compare thousands of names.
+    told: Arc<BTreeSet<Name>>,
     /// Asked for on this stream.
     opened: bool,
     /// Answered on this stream.
@@ -133,7 +134,7 @@ impl Ads {
     /// A new stream; what to send first.
     pub fn connected(&mut self, now: Instant) -> Vec<Request> {
         for watch in &mut self.watches {
-            watch.told.clear();
+            watch.told = Arc::default();
             watch.nonce.clear();
             (watch.opened, watch.answered, watch.complete, watch.open_since) = (false, false, false, None);
         }
@@ -244,7 +245,8 @@ impl Ads {
             // Endpoints that came may be what a cluster waits for, even if they say what they said.
             self.warm.came(kind, name);
         }
-        let absent = self.store.held(kind).into_iter().filter(|name| batch.complete && !there.contains(&**name));
+        let held = if batch.complete { self.store.held(kind) } else { Vec::new() };
+        let absent = held.into_iter().filter(|name| !there.contains(&**name));
         let removed: Vec<Name> = batch.removed.iter().cloned().chain(absent).collect();
         for name in removed {
             if kind.is_wildcard() {
@@ -317,8 +319,9 @@ impl Ads {
     }
 
     fn want(&mut self, kind: Kind, wanted: BTreeSet<Name>) {
-        let old = std::mem::replace(&mut self.watches[kind.index()].wanted, wanted);
-        for name in old.difference(&self.watches[kind.index()].wanted) {
+        let wanted = Arc::new(wanted);
+        let old = std::mem::replace(&mut self.watches[kind.index()].wanted, Arc::clone(&wanted));
+        for name in old.difference(&wanted) {
             self.store.remove(kind, name);
             self.warm.came(kind, name);
         }
@@ -395,7 +398,7 @@ impl Ads {
         }
         let watch = &mut self.watches[kind.index()];
         watch.opened = true;
-        watch.told = watch.wanted.clone();
+        watch.told = Arc::clone(&watch.wanted);
         // Nobody owes an answer for secrets that may not be read, nor for names.
         let answered_always = matches!(kind, Kind::Cluster | Kind::Endpoints | Kind::Listener | Kind::Routes);
         if answered_always && (first || !add.is_empty()) {

@@ -15,7 +15,7 @@ pub struct Record {
     /// The message inside its `Any`, as accepted last; `None`: it never was.
     pub accepted: Option<Version>,
     /// The last refusal, while nothing was accepted since.
-    pub refused: Option<Refusal>,
+    pub refused: Option<Box<Refusal>>,
 }
 
 /// A version of a resource.
@@ -61,6 +61,13 @@ impl Received {
         self.lock()[kind.index()].get(name).cloned()
     }
 
+    /// The bytes that came last, accepted or not.
+    pub(super) fn latest(&self, kind: Kind, name: &str) -> Option<Bytes> {
+        let record = self.get(kind, name)?;
+        let refused = record.refused.map(|refusal| refusal.version);
+        refused.or(record.accepted).map(|version| version.bytes)
+    }
+
     pub(crate) fn accept(&self, kind: Kind, name: &Name, version: Version) {
         let record = Record { accepted: Some(version), refused: None };
         self.lock()[kind.index()].insert(Arc::clone(name), record);
@@ -69,7 +76,7 @@ impl Received {
     pub(crate) fn refuse(&self, kind: Kind, name: &Name, refusal: Refusal) {
         let mut kinds = self.lock();
         let record = kinds[kind.index()].entry(Arc::clone(name));
-        record.or_insert(Record { accepted: None, refused: None }).refused = Some(refusal);
+        record.or_insert(Record { accepted: None, refused: None }).refused = Some(Box::new(refusal));
     }
 
     pub(super) fn remove(&self, kind: Kind, name: &str) {

@@ -19,19 +19,29 @@ use super::received::{Received, Refusal, Version};
 /// Of one kind.
 pub(super) struct Table<T>(BTreeMap<Name, Entry<T>>);
 
+/// Of each of ten thousands: what most resources do not have is a pointer.
 struct Entry<T> {
-    /// As received last, used or not.
-    bytes: Bytes,
+    /// SHA-256 of the bytes that were received last, used or not; [`Received`] has the bytes. `None`: none came yet, or
+    /// they are to be read anew.
+    seen: Option<Digest>,
     good: Option<Good<T>>,
-    refused: Option<Reject>,
+    refused: Option<Box<Reject>>,
     /// The server does not have it any more; what it was stays for as long as it is asked for.
     gone: bool,
 }
 
 struct Good<T> {
     value: Arc<T>,
-    /// Filters to be discovered.
-    extensions: BTreeSet<String>,
+    /// Filters to be discovered; only listeners have any.
+    extensions: Option<Box<BTreeSet<String>>>,
+}
+
+type Digest = [u8; 32];
+
+impl<T> Good<T> {
+    fn extensions(&self) -> impl Iterator<Item = &String> {
+        self.extensions.iter().flat_map(|names| names.iter())
+    }
 }
 
 /// What became of a resource.
@@ -129,14 +139,20 @@ impl Store {
     /// Reads the listeners that wait for one of these filters again; those that changed.
     pub(super) fn relink(&mut self, filters: &BTreeSet<Name>) -> Vec<Name> {
         let waits = |entry: &Entry<Listener>| {
-            entry.good.as_ref().is_some_and(|good| filters.iter().any(|name| good.extensions.contains(&**name)))
+            let names = || entry.good.iter().flat_map(Good::extensions);
+            names().any(|name| filters.contains(&**name))
         };
         let names: Vec<Name> = self.listeners.0.iter().filter(|(_, e)| waits(e)).map(|(n, _)| Arc::clone(n)).collect();
         let mut changed = Vec::new();
         for name in names {
-            let Some(entry) = self.listeners.0.get_mut(&name) else { continue };
-            // Forgotten bytes are new bytes.
-            let any = Any { type_url: Kind::Listener.url().to_owned(), value: std::mem::take(&mut entry.bytes) };
+            let (Some(entry), Some(value)) =
+                (self.listeners.0.get_mut(&name), self.received.latest(Kind::Listener, &name))
+            else {
+                continue;
+            };
+            // What nobody has seen is new.
+            entry.seen = None;
+            let any = Any { type_url: Kind::Listener.url().to_owned(), value };
             let known = &self.filters;
             let read = |any: &Any| xds::listener(any, known);
             let of = (Kind::Listener, &name);
@@ -194,14 +210,14 @@ impl Store {
 
     /// Filters that listeners want discovered.
     pub(super) fn wanted_extensions(&self) -> BTreeSet<Name> {
-        let wanted = self.listeners.0.values().filter_map(|e| e.good.as_ref()).flat_map(|good| &good.extensions);
+        let wanted = self.listeners.0.values().filter_map(|e| e.good.as_ref()).flat_map(Good::extensions);
         wanted.map(|name| Name::from(&**name)).collect()
     }
 
     /// Whether every filter of a listener that has to be discovered was.
     pub(super) fn is_linked(&self, listener: &str) -> bool {
         let good = self.listeners.0.get(listener).and_then(|entry| entry.good.as_ref());
-        good.is_none_or(|good| good.extensions.iter().all(|name| self.filters.contains_key(name)))
+        good.is_none_or(|good| good.extensions().all(|name| self.filters.contains_key(name)))
     }
 }
 
@@ -220,15 +236,16 @@ impl<T: PartialEq> Table<T> {
         name_of: impl FnOnce(&T) -> &str,
         account: &mut Account,
     ) -> Verdict {
+        let seen = Some(digest(&any.value));
         if let Some(entry) = self.0.get_mut(name)
-            && entry.bytes == any.value
+            && entry.seen == seen
         {
             entry.gone = false;
-            return entry.refused.clone().map_or(Verdict::Same, Verdict::Refused);
+            return entry.refused.as_deref().cloned().map_or(Verdict::Same, Verdict::Refused);
         }
         let read = read(any).and_then(|resource| usable(kind, name, resource, name_of));
         let entry = self.0.entry(Arc::clone(name)).or_insert_with(Entry::new);
-        entry.bytes = Bytes::copy_from_slice(&any.value);
+        entry.seen = seen;
         entry.gone = false;
         match read {
             Ok(resource) => {
@@ -239,12 +256,13 @@ impl<T: PartialEq> Table<T> {
                 let same = old.filter(|old| *old.value == resource.value);
                 let verdict = if same.is_some() { Verdict::Same } else { Verdict::Changed };
                 let value = same.map_or_else(|| Arc::new(resource.value), |old| old.value);
-                entry.good = Some(Good { value, extensions: resource.extensions });
+                let extensions = Some(resource.extensions).filter(|names| !names.is_empty()).map(Box::new);
+                entry.good = Some(Good { value, extensions });
                 verdict
             }
             Err(reject) => {
                 account.note(kind, name, vec![reject.clone()]);
-                entry.refused = Some(reject.clone());
+                entry.refused = Some(Box::new(reject.clone()));
                 Verdict::Refused(reject)
             }
         }
@@ -282,7 +300,7 @@ impl<T> Table<T> {
 
 impl<T> Entry<T> {
     fn new() -> Self {
-        Self { bytes: Bytes::new(), good: None, refused: None, gone: false }
+        Self { seen: None, good: None, refused: None, gone: false }
     }
 }
 
@@ -318,6 +336,11 @@ impl Account {
     fn forget(&mut self, kind: Kind, name: &str) {
         self.changed |= self.notes.remove(&(kind, Name::from(name))).is_some();
     }
+}
+
+fn digest(bytes: &[u8]) -> Digest {
+    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, bytes);
+    digest.as_ref().try_into().expect("SHA-256 has 32 bytes")
 }
 
 /// A resource may stand under another's name, and a part that decides who may pass may be missing: neither is served.
