@@ -44,7 +44,7 @@ fn endpoint(port: u16, weight: u32) -> Endpoint {
         health: HealthStatus::Unknown,
         weight,
         transport_labels: Default::default(),
-        workload: String::new(),
+        workload: Default::default(),
         hostname: String::new(),
         metadata: Default::default(),
     }

@@ -87,9 +87,7 @@ pub(super) fn text(snapshot: &Snapshot) -> String {
         if let Some(eds) = eds_name(cluster) {
             let _ = writeln!(out, "{name}::eds_service_name::{eds}");
         }
-        for host in &cluster.hosts.all {
-            host_text(name, host, &mut out);
-        }
+        cluster.hosts.look(|set| set.all.iter().for_each(|host| host_text(name, host, &mut out)));
     }
     out
 }
@@ -114,7 +112,7 @@ fn host_text(cluster: &str, host: &Host, out: &mut String) {
 
 /// `envoy.admin.v3.Clusters`.
 pub(super) fn json(snapshot: &Snapshot) -> Value {
-    let statuses: Vec<Value> = snapshot.clusters().iter().map(|cluster| status(cluster)).collect();
+    let statuses: Vec<Value> = snapshot.clusters().map(|cluster| status(cluster)).collect();
     json!({ "cluster_statuses": statuses })
 }
 
@@ -126,7 +124,7 @@ fn status(cluster: &ClusterShared) -> Value {
         "observability_name": &*cluster.name,
         "added_via_api": true,
         "circuit_breakers": { "thresholds": [threshold] },
-        "host_statuses": cluster.hosts.all.iter().map(|host| host_status(host)).collect::<Vec<_>>(),
+        "host_statuses": cluster.hosts.look(|set| set.all.iter().map(|host| host_status(host)).collect::<Vec<_>>()),
     });
     if let Some(eds) = eds_name(cluster) {
         out["eds_service_name"] = (&**eds).into();

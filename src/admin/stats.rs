@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::SystemTime;
 
 use crate::drain::Phase;
-use crate::snapshot::{ClusterShared, Gauge};
+use crate::snapshot::{ClusterShared, Gauge, Host};
 use crate::telemetry::{self, Sample, StatsQuery, Value};
 
 use super::{Admin, ready};
@@ -59,7 +59,7 @@ fn server(admin: &Admin, out: &mut Vec<Sample>) {
             "total_listeners_active",
             signed(published.snapshot.listeners().len() as u64),
         ),
-        Sample::gauge("cluster_manager", "active_clusters", signed(published.snapshot.clusters().len() as u64)),
+        Sample::gauge("cluster_manager", "active_clusters", signed(published.snapshot.cluster_count() as u64)),
         // Whoever waits for the first configuration asks for these two.
         Sample::counter("cluster_manager", "cds.update_success", published.version),
         Sample::counter("listener_manager", "lds.update_success", published.version),
@@ -76,11 +76,10 @@ fn of_cluster(cluster: &Arc<ClusterShared>, out: &mut Vec<Sample>) {
         let value = Value::Gauge(signed(value));
         out.push(Sample { scope: "cluster", instance: Arc::clone(&cluster.name), name: name.into(), value });
     };
-    let hosts = &cluster.hosts.all;
-    let usable =
-        hosts.iter().filter(|host| host.is_eligible() && host.stats.ejection.until.load(Ordering::Relaxed) == 0);
-    gauge("membership_total", hosts.len() as u64);
-    gauge("membership_healthy", usable.count() as u64);
+    let usable = |host: &&Arc<Host>| host.is_eligible() && host.stats.ejection.until.load(Ordering::Relaxed) == 0;
+    let (total, healthy) = cluster.hosts.look(|set| (set.all.len(), set.all.iter().filter(usable).count()));
+    gauge("membership_total", total as u64);
+    gauge("membership_healthy", healthy as u64);
     gauge("outlier_detection.ejections_active", cluster.breakers.ejected.load(Ordering::Relaxed).into());
     let open = |gauge: &Gauge| u64::from(gauge.used() >= gauge.limit());
     let left = |gauge: &Gauge| gauge.limit().saturating_sub(gauge.used()).into();

@@ -64,7 +64,7 @@ fn published() -> Arc<Published> {
                 health: HealthStatus::Unhealthy,
                 weight: 1,
                 transport_labels: Default::default(),
-                workload: String::new(),
+                workload: Default::default(),
                 hostname: String::new(),
                 metadata: Default::default(),
             }],
@@ -250,7 +250,7 @@ async fn stats_are_filtered() {
 async fn clusters_show_hosts_with_their_health() {
     let Fixture { admin, publish, _workers } = fixture();
     publish.send_replace(published());
-    let host = &admin.now().snapshot.clusters()[0].hosts.all[0].clone();
+    let host = &admin.now().snapshot.clusters().next().unwrap().hosts().all[0].clone();
     host.stats.ejection.until.store(9, Ordering::Relaxed);
     host.stats.totals.requests.store(5, Ordering::Relaxed);
     host.stats.totals.errors.store(2, Ordering::Relaxed);

@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, sleep};
 
 use super::Published;
-use crate::snapshot::{ClusterShared, HostSet, Snapshot};
+use crate::snapshot::{ClusterShared, Host, Hosts, Snapshot};
 use crate::xds::Ask;
 
 /// Distance between looks.
@@ -35,7 +35,7 @@ pub(super) struct Healer {
 
 struct Seen {
     /// The endpoints that it is about.
-    hosts: Arc<HostSet>,
+    hosts: Arc<Hosts>,
     counts: Counts,
     looks: u32,
     told: Option<Instant>,
@@ -106,16 +106,21 @@ pub async fn run(published: watch::Receiver<Arc<Published>>, asks: mpsc::Sender<
 
 /// Sums over its hosts; hosts that nobody tried do not count against it.
 fn counts(cluster: &ClusterShared) -> Counts {
-    let add = |sum: Counts, host: &Arc<crate::snapshot::Host>| Counts {
+    let add = |sum: Counts, host: &Arc<Host>| Counts {
         failures: sum.failures + host.stats.totals.connect_failures.load(Relaxed),
         opened: sum.opened + host.stats.totals.connections_total.load(Relaxed),
     };
-    cluster.hosts.all.iter().fold(Counts::default(), add)
+    used(cluster).iter().fold(Counts::default(), add)
 }
 
 /// Connections that are open now.
 fn open(cluster: &ClusterShared) -> u32 {
-    cluster.hosts.all.iter().map(|host| host.stats.totals.connections.load(Relaxed)).sum()
+    used(cluster).iter().map(|host| host.stats.totals.connections.load(Relaxed)).sum()
+}
+
+/// Nobody has tried the hosts of a cluster that is not used.
+fn used(cluster: &ClusterShared) -> &[Arc<Host>] {
+    cluster.hosts.used().map_or(&[], |set| &*set.all)
 }
 
 #[cfg(test)]
@@ -138,7 +143,7 @@ mod tests {
     }
 
     fn fail(snapshot: &Snapshot) {
-        let host = &snapshot.clusters()[0].hosts.all[0];
+        let host = &snapshot.clusters().next().unwrap().hosts().all[0];
         host.stats.totals.connect_failures.fetch_add(1, Relaxed);
     }
 
@@ -169,7 +174,7 @@ mod tests {
         assert_eq!((looks(&first), looks(&first)), (vec![], vec![]), "no failure between");
         fail(&first);
         assert!(looks(&first).is_empty());
-        first.clusters()[0].hosts.all[1].stats.totals.connections_total.fetch_add(1, Relaxed);
+        first.clusters().next().unwrap().hosts().all[1].stats.totals.connections_total.fetch_add(1, Relaxed);
         fail(&first);
         assert!(looks(&first).is_empty(), "one host works");
         fail(&first);

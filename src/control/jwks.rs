@@ -293,7 +293,7 @@ fn way(snapshot: &Snapshot, (uri, cluster): &Source) -> Result<Way, String> {
     }
     let id = snapshot.cluster_id(cluster).ok_or_else(|| format!("there is no cluster {cluster}"))?;
     let cluster = snapshot.cluster(id);
-    let mut hosts: Vec<_> = cluster.hosts.all.iter().filter(|host| host.pipe.is_none()).collect();
+    let mut hosts: Vec<_> = cluster.hosts().all.iter().filter(|host| host.pipe.is_none()).collect();
     hosts.sort_by_key(|host| !host.is_eligible());
     let door = |host: &&Arc<crate::snapshot::Host>| match cluster.transport(host) {
         Transport::Raw => Ok(Door { address: host.address, tls: None }),

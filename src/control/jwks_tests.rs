@@ -256,10 +256,10 @@ async fn keys_behind_a_cluster() {
         address: Address::Socket(server.address),
         health: HealthStatus::Healthy,
         weight: 1,
-        transport_labels: BTreeMap::new(),
-        workload: String::new(),
+        transport_labels: Default::default(),
+        workload: Default::default(),
         hostname: String::new(),
-        metadata: BTreeMap::new(),
+        metadata: Default::default(),
     };
     let group = LocalityEndpoints { endpoints: vec![endpoint], ..LocalityEndpoints::default() };
     cluster.name = "issuers".into();

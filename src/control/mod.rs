@@ -20,7 +20,7 @@ mod watch;
 mod xds_dir;
 pub mod yaml;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -341,7 +341,7 @@ impl Control {
             awaited: self.settings.certs.awaited(&self.secrets),
             kept: self.kept,
         });
-        self.offer();
+        self.offer(true);
         self.stamps = self.stamps_now();
     }
 
@@ -459,13 +459,14 @@ fn is_trouble(reject: &Reject) -> bool {
 
 /// Logs what is new and what is over.
 fn tell(before: &[Reject], now: &[Reject]) {
-    for reject in now.iter().filter(|r| !before.contains(r)) {
+    let (known, left): (HashSet<&Reject>, HashSet<&Reject>) = (before.iter().collect(), now.iter().collect());
+    for reject in now.iter().filter(|r| !known.contains(r)) {
         match reject.severity {
             Severity::Warning => tracing::warn!("{reject}"),
             Severity::Error | Severity::Security => tracing::error!("{reject}"),
         }
     }
-    for reject in before.iter().filter(|r| !now.contains(r)) {
+    for reject in before.iter().filter(|r| !left.contains(r)) {
         tracing::info!("settled: {reject}");
     }
 }

@@ -1,5 +1,6 @@
 //! Where a call goes once it is routed: clusters with weights, their hosts, limits.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use proxy_config::model::{Address, ClusterKind};
@@ -8,7 +9,7 @@ use super::Asked;
 use super::answer::{Answer, Endpoint, Response, Weighted};
 use crate::error::Kind;
 use crate::snapshot::action::{Action, Forward, RetryPolicy};
-use crate::snapshot::{ClusterRef, Found, HttpChain, RequestView, TcpChain};
+use crate::snapshot::{ClusterRef, ClusterShared, Found, Host, HttpChain, RequestView, TcpChain};
 
 /// The clusters of a TCP proxy.
 pub(super) fn tcp(asked: &Asked<'_>, tcp: &TcpChain, answer: &mut Answer) {
@@ -80,14 +81,18 @@ fn hosts(asked: &Asked<'_>, cluster: &ClusterRef, answer: &mut Answer) {
         answer.notes.push(format!("{}: to the original destination, {}", cluster.name, asked.call.destination()));
         return;
     }
-    if shared.hosts.all.is_empty() {
-        answer.notes.push(nobody(&cluster.name, &shared.config.kind));
+    shared.hosts.look(|set| listed(&set.all, shared, answer));
+}
+
+fn listed(all: &[Arc<Host>], shared: &ClusterShared, answer: &mut Answer) {
+    if all.is_empty() {
+        answer.notes.push(nobody(&shared.name, &shared.config.kind));
     }
-    for host in &shared.hosts.all {
+    for host in all {
         let locality = &host.locality;
         let parts = [&*locality.region, &locality.zone, &locality.sub_zone];
         answer.endpoints.push(Endpoint {
-            cluster: cluster.name.to_string(),
+            cluster: shared.name.to_string(),
             address: host.pipe.as_deref().map_or_else(|| host.address.to_string(), str::to_owned),
             weight: host.weight,
             priority: host.priority,

@@ -87,10 +87,10 @@ fn cluster(name: &str, address: SocketAddr, protocol: UpstreamProtocol) -> Clust
         address: Address::Socket(address),
         health: HealthStatus::Healthy,
         weight: 1,
-        transport_labels: BTreeMap::new(),
-        workload: String::new(),
+        transport_labels: Default::default(),
+        workload: Default::default(),
         hostname: String::new(),
-        metadata: BTreeMap::new(),
+        metadata: Default::default(),
     };
     let group = LocalityEndpoints { endpoints: vec![endpoint], ..LocalityEndpoints::default() };
     Cluster {

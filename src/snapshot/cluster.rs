@@ -5,6 +5,7 @@ use std::sync::Arc;
 use proxy_config::model;
 
 use super::host::{Breakers, HostSet};
+use super::hosts::Hosts;
 use super::{ClusterId, Name, TcpExchange};
 use crate::tls::{ClientTls, Secrets};
 
@@ -26,13 +27,12 @@ pub struct ClusterShared {
     pub config: Arc<model::Cluster>,
     /// Limits and use; the same object for all versions of this cluster.
     pub breakers: Arc<Breakers>,
-    /// Hosts.
-    pub hosts: Arc<HostSet>,
+    /// Hosts, compiled when they are first asked for; [`Self::hosts`] asks.
+    pub hosts: Arc<Hosts>,
     /// Sockets: one for each transport match, the default last; [`super::Host::transport`] is an index.
     pub transports: Arc<[Transport]>,
     /// Peer metadata on its TCP connections.
     pub exchange: Option<Arc<TcpExchange>>,
-    pub(super) said_hosts: Option<Arc<model::Endpoints>>,
 }
 
 impl ClusterShared {
@@ -41,30 +41,34 @@ impl ClusterShared {
         let matches = config.transport_matches.iter().map(|m| &m.transport);
         let transports =
             matches.chain([&config.transport]).map(|said| Transport::compile(said, &config, secrets)).collect();
+        let config = Arc::new(config);
+        let breakers = Arc::new(Breakers::new(&config.limits));
         Self {
             name: Arc::clone(&config.name),
-            breakers: Arc::new(Breakers::new(&config.limits)),
-            hosts: Arc::new(HostSet::build(hosts, None, |_| config.transport_matches.len())),
+            hosts: Arc::new(Hosts::new(Some(Arc::new(hosts.clone())), &config, &breakers)),
+            breakers,
             transports,
             exchange: config.metadata_exchange.as_ref().map(TcpExchange::new),
-            config: Arc::new(config),
-            said_hosts: None,
+            config,
         }
     }
 
     /// The same cluster with another load assignment; hosts that stay keep their statistics.
     #[must_use]
     pub fn with_hosts(&self, hosts: &model::Endpoints) -> Self {
-        let default = self.transports.len() - 1;
         Self {
             name: Arc::clone(&self.name),
             config: Arc::clone(&self.config),
             breakers: Arc::clone(&self.breakers),
-            hosts: Arc::new(HostSet::build(hosts, Some(&self.hosts), |_| default)),
+            hosts: Arc::new(Hosts::new(Some(Arc::new(hosts.clone())), &self.config, &self.breakers)),
             transports: Arc::clone(&self.transports),
             exchange: self.exchange.clone(),
-            said_hosts: None,
         }
+    }
+
+    /// Its hosts, compiled now if nobody has asked before. Whoever only wants to see them uses [`Hosts::look`].
+    pub fn hosts(&self) -> &HostSet {
+        self.hosts.get()
     }
 
     /// Its name in statistics: `alt_stat_name`, up to the `;` by which Istio marks its end.

@@ -10,7 +10,9 @@ use proxy_config::{Model, Reject, Severity};
 use super::chain_compile;
 use super::chain_match::ChainMatcher;
 use super::cluster::{Ids, Transport};
-use super::host::{Breakers, HostSet};
+use super::clusters::Clusters;
+use super::host::Breakers;
+use super::hosts::Hosts;
 use super::listener::Inspectors;
 use super::logs::access_logs;
 use super::{
@@ -34,9 +36,11 @@ pub(super) struct CompiledTable {
 pub fn compile(prev: Option<&Snapshot>, model: &Model, secrets: &Secrets) -> (Snapshot, Vec<Reject>) {
     let same_secrets = prev.is_some_and(|prev| prev.secrets == *secrets);
     let bell = prev.map(|prev| Arc::clone(&prev.bell)).unwrap_or_default();
-    let mut work = Work { prev, model, secrets, same_secrets, bell: Arc::clone(&bell), rejects: Vec::new() };
-    let clusters: Box<[Arc<ClusterShared>]> = model.clusters.values().map(|said| work.cluster(said)).collect();
+    let kept = by_resource(prev.map_or(&[], |prev| &*prev.rejects));
+    let mut work = Work { prev, model, secrets, same_secrets, bell: Arc::clone(&bell), kept, rejects: Vec::new() };
+    let clusters: Clusters = model.clusters.values().map(|said| work.cluster(said)).collect();
     let by_name = ids(&clusters);
+    let by_eds = other_eds_names(&clusters);
     let routes = work.routes(&Ids(&by_name));
     let listeners: Arc<[Arc<Listener>]> =
         model.listeners.values().map(|said| work.listener(said, &Ids(&by_name))).collect();
@@ -50,6 +54,7 @@ pub fn compile(prev: Option<&Snapshot>, model: &Model, secrets: &Secrets) -> (Sn
         routes: Arc::new(routes),
         clusters,
         by_name: Arc::new(by_name),
+        by_eds: Arc::new(by_eds),
         secrets: secrets.clone(),
         rejects: rejects.clone().into(),
         bell,
@@ -61,23 +66,24 @@ pub fn compile(prev: Option<&Snapshot>, model: &Model, secrets: &Secrets) -> (Sn
 /// As [`compile`], where only the load assignments of these EDS names changed since `prev` was compiled: the push that
 /// comes most often. Work is done for their clusters; all others cost a pointer. What is rejected stays the same.
 pub fn compile_endpoints(prev: &Snapshot, model: &Model, names: &[Name]) -> Snapshot {
-    let names: hashbrown::HashSet<&str> = names.iter().map(|name| &**name).collect();
-    let concerned = |cluster: &ClusterShared| match &cluster.config.kind {
-        model::ClusterKind::Eds(name) => names.contains(&**name),
-        _ => false,
-    };
     let mut work = Work {
         prev: Some(prev),
         model,
         secrets: &prev.secrets,
         same_secrets: true,
         bell: Arc::clone(&prev.bell),
+        kept: Default::default(),
         rejects: Vec::new(),
     };
     let mut clusters = prev.clusters.clone();
-    for cluster in clusters.iter_mut().filter(|cluster| concerned(cluster)) {
-        let config = Arc::clone(&cluster.config);
-        *cluster = work.cluster(&config);
+    for name in names {
+        let own = prev.cluster_id(name).into_iter();
+        for id in own.chain(prev.by_eds.get(name).into_iter().flatten().copied()) {
+            let old = prev.cluster(id);
+            if matches!(&old.config.kind, model::ClusterKind::Eds(eds) if eds == name) {
+                clusters.set(id, work.cluster(&old.config));
+            }
+        }
     }
     Snapshot {
         version: prev.version + 1,
@@ -87,6 +93,7 @@ pub fn compile_endpoints(prev: &Snapshot, model: &Model, names: &[Name]) -> Snap
         routes: Arc::clone(&prev.routes),
         clusters,
         by_name: Arc::clone(&prev.by_name),
+        by_eds: Arc::clone(&prev.by_eds),
         secrets: prev.secrets.clone(),
         rejects: Arc::clone(&prev.rejects),
         bell: Arc::clone(&prev.bell),
@@ -130,7 +137,7 @@ impl<'a> Sink<'a> {
     fn push(&mut self, severity: Severity, field: &str, reason: String) {
         let field = join(&self.at, field);
         let reject = Reject { resource: self.resource.to_owned(), place: None, field, reason, severity, code: None };
-        if !self.rejects.contains(&reject) {
+        if !is_known(self.rejects, &reject) {
             self.rejects.push(reject);
         }
     }
@@ -150,7 +157,22 @@ struct Work<'a> {
     secrets: &'a Secrets,
     same_secrets: bool,
     bell: Arc<KeyBell>,
+    /// What was rejected before, by resource.
+    kept: hashbrown::HashMap<&'a str, Vec<&'a Reject>, foldhash::fast::RandomState>,
     rejects: Vec<Reject>,
+}
+
+fn by_resource(rejects: &[Reject]) -> hashbrown::HashMap<&str, Vec<&Reject>, foldhash::fast::RandomState> {
+    let mut out: hashbrown::HashMap<&str, Vec<&Reject>, _> = hashbrown::HashMap::default();
+    for reject in rejects {
+        out.entry(&*reject.resource).or_default().push(reject);
+    }
+    out
+}
+
+/// Whether a resource's reject is known. Resources come one after the other, so what is known of this one stands last.
+fn is_known(rejects: &[Reject], reject: &Reject) -> bool {
+    rejects.iter().rev().take_while(|known| known.resource == reject.resource).any(|known| known == reject)
 }
 
 /// Equal, cheaply where it is the same object.
@@ -158,17 +180,29 @@ fn same<T: PartialEq>(a: &Arc<T>, b: &Arc<T>) -> bool {
     Arc::ptr_eq(a, b) || a == b
 }
 
-fn ids(clusters: &[Arc<ClusterShared>]) -> ByName<ClusterId> {
-    (0..).map(ClusterId).zip(clusters).map(|(id, cluster)| (Arc::clone(&cluster.name), id)).collect()
+fn ids(clusters: &Clusters) -> ByName<ClusterId> {
+    (0..).map(ClusterId).zip(clusters.iter()).map(|(id, cluster)| (Arc::clone(&cluster.name), id)).collect()
+}
+
+/// istiod names load assignments as their clusters, so that there are none.
+fn other_eds_names(clusters: &Clusters) -> ByName<Vec<ClusterId>> {
+    let mut out: ByName<Vec<ClusterId>> = ByName::default();
+    for (id, cluster) in (0..).map(ClusterId).zip(clusters.iter()) {
+        if let model::ClusterKind::Eds(name) = &cluster.config.kind
+            && *name != cluster.name
+        {
+            out.entry(Arc::clone(name)).or_default().push(id);
+        }
+    }
+    out
 }
 
 impl Work<'_> {
     /// What stays the same is still rejected.
     fn keep_rejects(&mut self, resource: &str, field: &str) {
-        let old = self.prev.into_iter().flat_map(|prev| prev.rejects.iter());
-        for reject in old.filter(|r| r.resource == resource && r.field.starts_with(field)) {
-            if !self.rejects.contains(reject) {
-                self.rejects.push(reject.clone());
+        for reject in self.kept.get(resource).into_iter().flatten().filter(|r| r.field.starts_with(field)) {
+            if !is_known(&self.rejects, reject) {
+                self.rejects.push((*reject).clone());
             }
         }
     }
@@ -179,7 +213,7 @@ impl Work<'_> {
         let same_config = old.is_some_and(|old| same(&old.config, said));
         let config = Arc::clone(old.filter(|_| same_config).map_or(said, |old| &old.config));
         let said_hosts = self.said_hosts(&config, old.filter(|_| same_config));
-        let same_hosts = old.is_some_and(|old| match (&old.said_hosts, &said_hosts) {
+        let same_hosts = old.is_some_and(|old| match (&old.hosts.said, &said_hosts) {
             (Some(a), Some(b)) => same(a, b),
             (a, b) => a.is_none() && b.is_none(),
         });
@@ -193,31 +227,24 @@ impl Work<'_> {
             Some(old) if same_config && self.same_secrets => Arc::clone(&old.transports),
             _ => self.transports(&config, &resource, old),
         };
-        let hosts = match old {
-            Some(old) if same_hosts && old.config.transport_matches == config.transport_matches => {
-                Arc::clone(&old.hosts)
-            }
-            _ => {
-                let none = model::Endpoints::default();
-                let said = said_hosts.as_deref().unwrap_or(&none);
-                Arc::new(HostSet::build(said, old.map(|old| &*old.hosts), |e| transport_of(&config, e)))
-            }
+        // What stays in use has its sockets chosen already; nobody else needs the old configuration any more.
+        let stay = |old: &&Arc<ClusterShared>| {
+            same_config || (old.hosts.used().is_some() && old.config.transport_matches == config.transport_matches)
         };
+        let breakers = old.map_or_else(Arc::<Breakers>::default, |old| Arc::clone(&old.breakers));
+        let hosts = match old.filter(stay) {
+            Some(old) if same_hosts => Arc::clone(&old.hosts),
+            _ => Arc::new(Hosts::new(said_hosts, &config, &breakers)),
+        };
+        if old.is_some_and(|old| old.hosts.used().is_some()) {
+            hosts.get();
+        }
         if let Some(old) = old.filter(|old| same_config && same_hosts && Arc::ptr_eq(&old.transports, &transports)) {
             return Arc::clone(old);
         }
-        let breakers = old.map_or_else(Arc::<Breakers>::default, |old| Arc::clone(&old.breakers));
         breakers.limit(&config.limits);
         let exchange = said.metadata_exchange.as_ref().map(TcpExchange::new);
-        Arc::new(ClusterShared {
-            name: Arc::clone(&said.name),
-            config,
-            breakers,
-            hosts,
-            transports,
-            exchange,
-            said_hosts,
-        })
+        Arc::new(ClusterShared { name: Arc::clone(&said.name), config, breakers, hosts, transports, exchange })
     }
 
     /// The load assignment of a cluster. That of a DNS cluster may stand in the model under the cluster's name too: this
@@ -238,7 +265,7 @@ impl Work<'_> {
                 }
             }
         };
-        match unchanged.and_then(|old| old.said_hosts.as_ref()) {
+        match unchanged.and_then(|old| old.hosts.said.as_ref()) {
             Some(old) if **old == *inline => Some(Arc::clone(old)),
             _ => Some(Arc::new(inline.clone())),
         }
@@ -348,6 +375,7 @@ impl Work<'_> {
         listeners: &[Arc<Listener>],
     ) -> hashbrown::HashMap<SocketAddr, u32, foldhash::fast::RandomState> {
         let mut all = hashbrown::HashMap::default();
+        let mut found = Vec::new();
         for (index, listener) in (0_u32..).zip(listeners) {
             for address in listener.address.iter().chain(&listener.additional) {
                 let holder = *all.entry(*address).or_insert(index);
@@ -355,8 +383,14 @@ impl Work<'_> {
                     let resource = format!("Listener {}", listener.name);
                     let other = &listeners[holder as usize].name;
                     let why = format!("{address} belongs to listener {other} already, which keeps it");
-                    Sink::new(&mut self.rejects, &resource).error("address", why);
+                    Sink::new(&mut found, &resource).error("address", why);
                 }
+            }
+        }
+        // Listeners that stayed the same said so already.
+        for reject in found {
+            if !self.rejects.contains(&reject) {
+                self.rejects.push(reject);
             }
         }
         all
@@ -416,13 +450,6 @@ fn listener(config: Arc<model::Listener>, chains: ChainMatcher, sink: &mut Sink<
         chains,
         config,
     }
-}
-
-/// The socket of an endpoint: the first match whose labels it has all, else the default, which is the last.
-fn transport_of(config: &model::Cluster, endpoint: &model::Endpoint) -> usize {
-    let labels = &endpoint.transport_labels;
-    let fits = |wanted: &model::TransportMatch| wanted.labels.iter().all(|(key, value)| labels.get(key) == Some(value));
-    config.transport_matches.iter().position(fits).unwrap_or(config.transport_matches.len())
 }
 
 fn missing_of(said: &model::Transport, secrets: &Secrets) -> Option<Name> {

@@ -1,9 +1,8 @@
 //! Hosts and the atomics that all workers share: breaker counts and host statistics. They outlive snapshots.
 
-use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 
 use crossbeam_utils::CachePadded;
 use hashbrown::HashMap;
@@ -50,10 +49,10 @@ impl Host {
             address: model::Address::Socket(address),
             health: HealthStatus::Unknown,
             weight: 1,
-            transport_labels: BTreeMap::new(),
-            workload: String::new(),
+            transport_labels: Default::default(),
+            workload: Default::default(),
             hostname: String::new(),
-            metadata: BTreeMap::new(),
+            metadata: Default::default(),
         };
         host(&said, &(address, None), (&Arc::default(), 0), transport, None)
     }
@@ -172,23 +171,28 @@ impl Gauge {
     }
 }
 
-/// A cluster's circuit breaker: shared by all workers, survives snapshots by the cluster's name.
+/// A cluster's circuit breaker: shared by all workers, survives snapshots by the cluster's name. A request touches most of
+/// it, so it lies together: a line of the cache for a cluster, where a line for each field would be a kilobyte for each of
+/// the thousands of clusters that nobody calls.
 #[derive(Debug, Default)]
 pub struct Breakers {
     /// Connections.
-    pub connections: CachePadded<Gauge>,
+    pub connections: Gauge,
     /// Requests that wait for a connection.
-    pub pending: CachePadded<Gauge>,
+    pub pending: Gauge,
     /// Active requests.
-    pub requests: CachePadded<Gauge>,
+    pub requests: Gauge,
     /// Concurrent retries.
-    pub retries: CachePadded<Gauge>,
+    pub retries: Gauge,
     /// Hosts that are ejected now.
-    pub ejected: CachePadded<AtomicU32>,
+    pub ejected: AtomicU32,
     /// Changes with every ejection and return, so that workers know when their host lists are old.
-    pub health_version: CachePadded<AtomicU32>,
+    pub health_version: AtomicU32,
     /// When ejections are looked at next; the worker that moves it on does the work.
-    pub next_sweep: CachePadded<AtomicU64>,
+    pub next_sweep: AtomicU64,
+    /// The hosts that were compiled last, whatever the version: those that stay keep their statistics. Held while hosts
+    /// are compiled, never by a request.
+    pub(super) known_hosts: Mutex<Weak<HostSet>>,
     epoch: OnceLock<Instant>,
 }
 

@@ -17,8 +17,10 @@ mod chain;
 mod chain_compile;
 mod chain_match;
 mod cluster;
+mod clusters;
 mod compile;
 mod host;
+mod hosts;
 mod jwks;
 mod jwt;
 mod jwt_cache;
@@ -50,10 +52,12 @@ use http::{HeaderMap, Method};
 
 pub use chain::{AlpnRewrite, Chain, Filter, HttpChain, HttpFilter, HttpOptions, TcpChain, Terminal};
 pub use cluster::{ClusterRef, ClusterShared, Transport, WeightedClusters};
+pub(crate) use clusters::PIECE;
 pub use compile::{compile, compile_endpoints};
 pub use host::{
     Breakers, Ejection, Failures, Gauge, Host, HostSet, HostStats, LocalityHosts, Priority, Totals, Window,
 };
+pub use hosts::Hosts;
 pub use jwks::check as check_jwks;
 pub use jwt::{Grant, Jwt, KeyBell, KeySource, Verified, metadata_of};
 pub use jwt_cache::JwtCache;
@@ -95,8 +99,10 @@ pub struct Snapshot {
     bound: Arc<[Arc<Listener>]>,
     by_address: Arc<hashbrown::HashMap<SocketAddr, u32, foldhash::fast::RandomState>>,
     routes: Arc<ByName<Arc<compile::CompiledTable>>>,
-    clusters: Box<[Arc<ClusterShared>]>,
+    clusters: clusters::Clusters,
     by_name: Arc<ByName<ClusterId>>,
+    /// By EDS name, where that is not the cluster's own.
+    by_eds: Arc<ByName<Vec<ClusterId>>>,
     secrets: Secrets,
     rejects: Arc<[Reject]>,
     /// One for all snapshots of a process.
@@ -155,7 +161,7 @@ impl Snapshot {
 
     /// The cluster that a compiled table refers to; `None`: it is not there (NC).
     pub fn resolve(&self, cluster: &ClusterRef) -> Option<ClusterId> {
-        match self.clusters.get(cluster.hint as usize) {
+        match self.clusters.get(ClusterId(cluster.hint)) {
             Some(hinted) if Arc::ptr_eq(&hinted.name, &cluster.name) || hinted.name == cluster.name => {
                 Some(ClusterId(cluster.hint))
             }
@@ -165,12 +171,17 @@ impl Snapshot {
 
     /// A cluster of this snapshot.
     pub fn cluster(&self, id: ClusterId) -> &Arc<ClusterShared> {
-        &self.clusters[id.index()]
+        self.clusters.get(id).expect("an id is of its own snapshot")
     }
 
-    /// All clusters.
-    pub fn clusters(&self) -> &[Arc<ClusterShared>] {
-        &self.clusters
+    /// All clusters, in the order of their ids.
+    pub fn clusters(&self) -> impl Iterator<Item = &Arc<ClusterShared>> {
+        self.clusters.iter()
+    }
+
+    /// How many clusters there are.
+    pub fn cluster_count(&self) -> usize {
+        self.clusters.len()
     }
 
     /// The routes of a connection manager; `None` while its table is not there. Ask for each request, with the current

@@ -52,9 +52,9 @@ fn endpoint(address: &str, labels: &[(&str, &str)]) -> Endpoint {
         health: HealthStatus::Healthy,
         weight: 1,
         transport_labels: labels.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect(),
-        workload: String::new(),
+        workload: Default::default(),
         hostname: String::new(),
-        metadata: BTreeMap::new(),
+        metadata: Default::default(),
     }
 }
 
@@ -215,7 +215,7 @@ fn again(prev: &Snapshot, model: &Model) -> Snapshot {
 }
 
 fn ptrs(snapshot: &Snapshot) -> Vec<*const ()> {
-    let clusters = snapshot.clusters().iter().map(|c| Arc::as_ptr(c).cast());
+    let clusters = snapshot.clusters().map(|c| Arc::as_ptr(c).cast());
     let listeners = snapshot.listeners().iter().map(|l| Arc::as_ptr(l).cast());
     clusters.chain(listeners).chain(snapshot.route_tables().map(|t| Arc::as_ptr(t).cast())).collect()
 }
@@ -255,7 +255,7 @@ fn new_endpoints_replace_one_cluster_and_keep_its_accounts() {
     assert!(Arc::ptr_eq(&old.breakers, &new.breakers) && Arc::ptr_eq(&old.transports, &new.transports));
     assert!(Arc::ptr_eq(&old.config, &new.config));
     assert_eq!(new.breakers.connections.used(), 1);
-    let host = |cluster: &ClusterShared, address: &str| cluster.hosts.find(address.parse().unwrap()).cloned();
+    let host = |cluster: &ClusterShared, address: &str| cluster.hosts().find(address.parse().unwrap()).cloned();
     let of = |address: &str| (host(old, address).unwrap(), host(new, address).unwrap());
     let (before, after) = of("10.0.0.1:80");
     assert!(Arc::ptr_eq(&before, &after));
@@ -269,11 +269,12 @@ fn new_endpoints_replace_one_cluster_and_keep_its_accounts() {
 fn new_limits_apply_to_the_breaker_in_use() {
     let mut model = small();
     let first = compiled(&model);
+    let id = first.cluster_id(A).unwrap();
+    assert_eq!(first.cluster(id).hosts().all.len(), 2, "they are in use");
     let mut changed = cluster(A);
     changed.limits.max_connections = 2;
     model.clusters.insert(A.into(), Arc::new(changed));
     let second = again(&first, &model);
-    let id = first.cluster_id(A).unwrap();
     assert!(Arc::ptr_eq(&first.cluster(id).breakers, &second.cluster(id).breakers));
     assert!(Arc::ptr_eq(&first.cluster(id).hosts, &second.cluster(id).hosts));
     assert_eq!(first.cluster(id).breakers.connections.limit(), 2);
@@ -331,7 +332,7 @@ fn sockets_by_the_labels_of_an_endpoint() {
     model.endpoints.insert(A.into(), endpoints(hosts));
     let snapshot = compiled(&model);
     let cluster = snapshot.cluster(snapshot.cluster_id(A).unwrap());
-    let sockets: Vec<String> = cluster.hosts.all.iter().map(|h| format!("{:?}", cluster.transport(h))).collect();
+    let sockets: Vec<String> = cluster.hosts().all.iter().map(|h| format!("{:?}", cluster.transport(h))).collect();
     assert_eq!(sockets, ["proxy-protocol v1 over raw", "raw", "proxy-protocol v2 over raw"]);
 }
 
@@ -346,9 +347,9 @@ fn resolved_names_come_from_the_model() {
     model.endpoints.remove(A);
     let first = compiled(&model);
     let id = first.cluster_id(A).unwrap();
-    assert_eq!(first.cluster(id).hosts.all.len(), 0);
+    assert_eq!(first.cluster(id).hosts().all.len(), 0);
     model.endpoints.insert(A.into(), endpoints(vec![endpoint("192.0.2.1:80", &[])]));
-    assert_eq!(again(&first, &model).cluster(id).hosts.all.len(), 1);
+    assert_eq!(again(&first, &model).cluster(id).hosts().all.len(), 1);
 }
 
 #[test]
@@ -671,17 +672,48 @@ fn endpoints_alone_compile_to_what_everything_would() {
     let quick = compile_endpoints(&first, &model, &[A.into(), "nobody".into()]);
     let (all, _) = compile(Some(&first), &model, &Secrets::new());
     let hosts = |of: &Snapshot| -> Vec<String> {
-        let one = |c: &Arc<ClusterShared>| c.hosts.all.iter().map(|h| format!("{} {}", c.name, h.address)).collect();
-        of.clusters().iter().flat_map(|c: &Arc<ClusterShared>| -> Vec<String> { one(c) }).collect()
+        let one = |c: &Arc<ClusterShared>| c.hosts().all.iter().map(|h| format!("{} {}", c.name, h.address)).collect();
+        of.clusters().flat_map(|c: &Arc<ClusterShared>| -> Vec<String> { one(c) }).collect()
     };
     assert_eq!(hosts(&quick), hosts(&all));
     assert_eq!(quick.version, 2);
     let a = quick.cluster_id(A).expect("there");
     assert!(!Arc::ptr_eq(quick.cluster(a), first.cluster(a)));
-    let same_stats = |of: &Snapshot| Arc::as_ptr(&of.cluster(a).hosts.all[0].stats);
+    let same_stats = |of: &Snapshot| Arc::as_ptr(&of.cluster(a).hosts().all[0].stats);
     assert_eq!(same_stats(&quick), same_stats(&first), "a host that stays keeps its counts");
-    for (id, cluster) in first.clusters().iter().enumerate().filter(|(_, c)| &*c.name != A) {
-        assert!(Arc::ptr_eq(cluster, &quick.clusters()[id]));
+    for (old, new) in first.clusters().zip(quick.clusters()).filter(|(c, _)| &*c.name != A) {
+        assert!(Arc::ptr_eq(old, new));
     }
     assert!(quick.listeners().iter().zip(first.listeners()).all(|(a, b)| Arc::ptr_eq(a, b)));
+}
+
+#[test]
+fn hosts_are_compiled_for_those_who_use_them() {
+    let mut model = small();
+    let used = |of: &Snapshot| of.clusters().filter(|c| c.hosts.used().is_some()).count();
+    let (first, id) = (compiled(&model), ClusterId(0));
+    assert_eq!(first.cluster(id).hosts.look(|set| set.all.len()), 2, "who looks does not use");
+    model.endpoints.insert(A.into(), endpoints(vec![endpoint("10.0.0.1:80", &[])]));
+    let second = compile_endpoints(&first, &model, &[A.into()]);
+    assert_eq!((used(&first), used(&second)), (0, 0));
+    let stats = |of: &Snapshot| Arc::clone(&of.cluster(id).hosts().all[0].stats);
+    let new = stats(&second);
+    assert!(Arc::ptr_eq(&new, &stats(&first)), "an older version that is used later counts in the same place");
+    model.endpoints.insert(A.into(), endpoints(vec![endpoint("10.0.0.1:80", &[]), endpoint("10.0.0.7:80", &[])]));
+    let third = compile_endpoints(&second, &model, &[A.into()]);
+    assert_eq!(used(&third), 1, "no worker waits for hosts that are in use");
+    assert!(Arc::ptr_eq(&new, &stats(&third)));
+}
+
+#[test]
+fn load_assignments_of_another_name_are_found() {
+    let mut model = small();
+    for name in [A, "outbound|80||b"] {
+        let shared = Cluster { kind: ClusterKind::Eds("both".into()), ..cluster(name) };
+        model.clusters.insert(name.into(), Arc::new(shared));
+    }
+    let first = compiled(&model);
+    model.endpoints.insert("both".into(), endpoints(vec![endpoint("10.0.0.9:80", &[])]));
+    let second = compile_endpoints(&first, &model, &["both".into()]);
+    assert!(second.clusters().all(|cluster| cluster.hosts().all.len() == 1));
 }

@@ -43,7 +43,7 @@ pub(super) fn endpoint(address: SocketAddr, weight: u32) -> Endpoint {
         health: HealthStatus::Unknown,
         weight,
         transport_labels: Default::default(),
-        workload: String::new(),
+        workload: Default::default(),
         hostname: String::new(),
         metadata: Default::default(),
     }

@@ -142,11 +142,11 @@ impl Balancer {
         if rest.iter().all(|count| count.healthy + count.degraded == 0) {
             return health::choose(&self.loads, draw);
         }
-        health::choose(&health::loads(&rest, cluster.hosts.overprovisioning, 0.0), draw)
+        health::choose(&health::loads(&rest, cluster.hosts().overprovisioning, 0.0), draw)
     }
 
     fn rebuild(&mut self, cluster: &ClusterShared, now: u64) {
-        let set = &cluster.hosts;
+        let set = cluster.hosts();
         let threshold = cluster.config.healthy_panic_threshold.unwrap_or(PANIC_THRESHOLD);
         self.counts = health::count(set);
         self.loads = health::loads(&self.counts, set.overprovisioning, threshold);
@@ -166,7 +166,7 @@ struct Seen<'a, N: Fn() -> u64> {
 
 impl<N: Fn() -> u64> Seen<'_, N> {
     fn host(&self, at: u32) -> &Host {
-        &self.cluster.hosts.all[at as usize]
+        &self.cluster.hosts().all[at as usize]
     }
 
     fn active(&self, at: u32) -> u32 {
@@ -266,7 +266,7 @@ fn warmth(host: &Host, window: Duration, now: u64) -> f64 {
 /// When the last warming host is warm; `None` when all are. Hosts that were never seen are seen now.
 fn warm_at(cluster: &ClusterShared, now: u64) -> Option<u64> {
     let window = millis(window(cluster)?);
-    let warm = cluster.hosts.all.iter().map(|host| {
+    let warm = cluster.hosts().all.iter().map(|host| {
         let since = &host.stats.ejection.since;
         // Another worker may have seen it first; then that is when it was seen.
         let _ = since.compare_exchange(0, now, Relaxed, Relaxed);
@@ -329,7 +329,7 @@ impl Build<'_> {
         if fit == 0 {
             return 0.0;
         }
-        let factor = f64::from(self.cluster.hosts.overprovisioning) / 100.0;
+        let factor = f64::from(self.cluster.hosts().overprovisioning) / 100.0;
         let able = (factor * fit as f64 / locality.hosts.len() as f64).min(1.0);
         f64::from(locality.weight.unwrap_or(0)) * able
     }
@@ -339,7 +339,7 @@ impl Build<'_> {
     }
 
     fn group(&self, hosts: Vec<u32>, shares: Vec<Share>, rng: &mut fastrand::Rng) -> Group {
-        let all = &self.cluster.hosts.all;
+        let all = &self.cluster.hosts().all;
         let same =
             |hosts: &[u32]| hosts.windows(2).all(|two| all[two[0] as usize].weight == all[two[1] as usize].weight);
         let turns = match &self.cluster.config.lb {
@@ -371,7 +371,7 @@ impl Build<'_> {
     }
 
     fn shares(&self, hosts: &[u32], of: f64) -> Vec<Share> {
-        let all = &self.cluster.hosts.all;
+        let all = &self.cluster.hosts().all;
         let total: f64 = hosts.iter().map(|at| f64::from(all[*at as usize].weight)).sum();
         let by_name = matches!(self.cluster.config.lb, LbPolicy::RingHash { use_hostname: true, .. });
         let share = |at: &u32| {
@@ -408,7 +408,7 @@ mod tests {
 
     fn spread(cluster: &ClusterShared, picks: u32) -> Vec<u32> {
         let mut balancer = Balancer::new(7);
-        let mut counts = vec![0; cluster.hosts.all.len()];
+        let mut counts = vec![0; cluster.hosts().all.len()];
         (0..picks).for_each(|_| counts[balancer.pick(cluster, ANY, || 1).unwrap() as usize] += 1);
         counts
     }
@@ -443,7 +443,7 @@ mod tests {
     #[test]
     fn the_less_busy_of_two() {
         let cluster = shared(cluster("c"), &endpoints(&[1, 2]));
-        cluster.hosts.all[0].stats.active.store(5, Relaxed);
+        cluster.hosts().all[0].stats.active.store(5, Relaxed);
         // Both draws hit the busy one in a quarter of the picks.
         near(&spread(&cluster, 1000), &[250, 750]);
     }
@@ -454,7 +454,7 @@ mod tests {
         let mut balancer = Balancer::new(1);
         assert!(balancer.pick(&cluster, ANY, || 1).is_some());
         let eject = |at: usize, until| {
-            cluster.hosts.all[at].stats.ejection.until.store(until, Relaxed);
+            cluster.hosts().all[at].stats.ejection.until.store(until, Relaxed);
             cluster.breakers.health_version.fetch_add(1, Relaxed);
         };
         eject(0, 9);
@@ -471,7 +471,7 @@ mod tests {
         let mut config = cluster("c");
         config.healthy_panic_threshold = None;
         let cluster = shared(config, &endpoints(&[1, 2, 3, 4]));
-        cluster.hosts.all[..3].iter().for_each(|h| h.stats.ejection.until.store(9, Relaxed));
+        cluster.hosts().all[..3].iter().for_each(|h| h.stats.ejection.until.store(9, Relaxed));
         assert!(spread(&cluster, 200).iter().all(|count| *count > 20));
     }
 
@@ -483,7 +483,7 @@ mod tests {
             Endpoints { localities: vec![group(0, None, hosts(1)), group(1, None, hosts(11))], ..Endpoints::default() };
         let cluster_ = shared(cluster("c"), &said);
         near(&spread(&cluster_, 1000), &[250, 250, 250, 250, 0, 0, 0, 0]);
-        cluster_.hosts.all[..2].iter().for_each(|h| h.stats.ejection.until.store(9, Relaxed));
+        cluster_.hosts().all[..2].iter().for_each(|h| h.stats.ejection.until.store(9, Relaxed));
         near(&spread(&cluster_, 1000), &[0, 0, 350, 350, 75, 75, 75, 75]);
 
         let mut config = cluster("c");
@@ -495,7 +495,7 @@ mod tests {
         let cluster_ = shared(config, &said);
         near(&spread(&cluster_, 1000), &[50, 50, 50, 50, 200, 200, 200, 200]);
         // One of four left: 80 × 1.4 / 4 = 28 against 20.
-        cluster_.hosts.all[4..7].iter().for_each(|h| h.stats.ejection.until.store(9, Relaxed));
+        cluster_.hosts().all[4..7].iter().for_each(|h| h.stats.ejection.until.store(9, Relaxed));
         near(&spread(&cluster_, 960), &[100, 100, 100, 100, 0, 0, 0, 560]);
     }
 
@@ -550,7 +550,7 @@ mod tests {
         let window = Duration::from_secs(10);
         let said = endpoints(&[1, 2]);
         let cluster = shared(with(LbPolicy::RoundRobin { slow_start: Some(window) }), &said);
-        cluster.hosts.all[0].stats.ejection.since.store(1, Relaxed);
+        cluster.hosts().all[0].stats.ejection.since.store(1, Relaxed);
         let mut balancer = Balancer::new(3);
         let mut at = |now: u64| {
             let mut counts = [0_u32; 2];

@@ -312,11 +312,11 @@ mod tests {
     }
 
     fn detector<'a>(policy: &'a Policy, shared: &'a ClusterShared) -> Detector<'a> {
-        Detector { policy, breakers: &shared.breakers, hosts: &shared.hosts.all }
+        Detector { policy, breakers: &shared.breakers, hosts: &shared.hosts().all }
     }
 
     fn is_ejected(shared: &ClusterShared, host: usize) -> bool {
-        shared.hosts.all[host].stats.ejection.until.load(Relaxed) != 0
+        shared.hosts().all[host].stats.ejection.until.load(Relaxed) != 0
     }
 
     #[test]
@@ -361,7 +361,7 @@ mod tests {
             let shared = hosts(1);
             let detector = detector(policy, &shared);
             signals.iter().for_each(|s| {
-                detector.record(&shared.hosts.all[0].stats, *s, SOON, 99);
+                detector.record(&shared.hosts().all[0].stats, *s, SOON, 99);
             });
             assert_eq!(is_ejected(&shared, 0), *ejected, "{name}");
         }
@@ -374,7 +374,7 @@ mod tests {
             let policy = policy(|p| p.max_ejection_percent = Some(percent));
             let shared = hosts(count);
             let detector = detector(&policy, &shared);
-            for host in &shared.hosts.all {
+            for host in &shared.hosts().all {
                 (0..5).for_each(|_| {
                     detector.record(&host.stats, Signal::Broken, SOON, 0);
                 });
@@ -392,7 +392,7 @@ mod tests {
         });
         let shared = hosts(1);
         let detector = detector(&policy, &shared);
-        let stats = &shared.hosts.all[0].stats;
+        let stats = &shared.hosts().all[0].stats;
         let mut now = SOON;
         for expected in [30_000, 60_000, 70_000, 70_000] {
             (0..5).for_each(|_| {
@@ -433,7 +433,7 @@ mod tests {
         });
         let shared = hosts(6);
         let detector = detector(&policy, &shared);
-        for (i, host) in shared.hosts.all.iter().enumerate() {
+        for (i, host) in shared.hosts().all.iter().enumerate() {
             for request in 0..200 {
                 let status = if i == 0 && request % 2 == 0 { 500 } else { 200 };
                 detector.record(&host.stats, Signal::Status(status), SOON, 0);

@@ -254,7 +254,7 @@ impl World {
         // Each pool may force one connection, and there is one pool for each address that ever was.
         assert!(breakers.connections.used() <= MAX_CONNECTIONS + HOSTS as u32);
         assert!(breakers.requests.used() as usize + breakers.pending.used() as usize <= self.clients.len());
-        let hosts = &self.local.shared.hosts.all;
+        let hosts = &self.local.shared.hosts().all;
         assert!(breakers.ejected.load(Relaxed) as usize <= HOSTS);
         for host in hosts {
             assert!(host.stats.active.load(Relaxed) <= MAX_REQUESTS);
@@ -282,7 +282,7 @@ impl World {
             (b.requests.used(), b.pending.used(), b.retries.used())
         };
         assert_eq!(used(), (0, 0, 0));
-        assert!(shared.hosts.all.iter().all(|host| host.stats.active.load(Relaxed) == 0));
+        assert!(shared.hosts().all.iter().all(|host| host.stats.active.load(Relaxed) == 0));
         sleep(Duration::from_secs(20)).await;
         assert_eq!(shared.breakers.connections.used(), 0);
         assert_eq!(shared.breakers.ejected.load(Relaxed), 0, "every ejection has an end");

@@ -175,7 +175,7 @@ fn policy(on: RetryOn) -> RetryPolicy {
 fn assert_settled(shared: &ClusterShared) {
     let breakers = &shared.breakers;
     assert_eq!((breakers.requests.used(), breakers.pending.used(), breakers.retries.used()), (0, 0, 0));
-    assert!(shared.hosts.all.iter().all(|host| host.stats.active.load(Relaxed) == 0));
+    assert!(shared.hosts().all.iter().all(|host| host.stats.active.load(Relaxed) == 0));
 }
 
 /// A port that refuses connections.
@@ -197,7 +197,7 @@ async fn a_connection_serves_one_request_after_the_other() {
     }
     assert_settled(&cluster.shared);
     assert_eq!(cluster.shared.breakers.connections.used(), 1);
-    let totals = &cluster.shared.hosts.all[0].stats.totals;
+    let totals = &cluster.shared.hosts().all[0].stats.totals;
     assert_eq!((totals.requests.load(Relaxed), totals.connections_total.load(Relaxed)), (3, 1));
 }
 
@@ -378,7 +378,7 @@ async fn retries_run_out() {
     assert_eq!((error.kind, trace.attempts), (Kind::ConnectRefused, 3));
     assert_eq!(trace.flags.to_string(), "UF,URX");
     assert_eq!(trace.transport_failure.as_deref(), Some("delayed connect error: Connection refused"));
-    assert_eq!(cluster.shared.hosts.all[0].stats.totals.connect_failures.load(Relaxed), 3);
+    assert_eq!(cluster.shared.hosts().all[0].stats.totals.connect_failures.load(Relaxed), 3);
     assert_settled(&cluster.shared);
 }
 

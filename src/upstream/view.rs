@@ -12,7 +12,7 @@ use super::conn::Place;
 use super::lb::{Balancer, Wish};
 use super::outlier::{Cause, Detector, Policy, Signal};
 use super::pool::{Key, Pool};
-use crate::snapshot::{ClusterId, ClusterShared, Host, HostStats, Snapshot, Transport};
+use crate::snapshot::{ClusterId, ClusterShared, Host, HostStats, PIECE, Snapshot, Transport};
 use crate::telemetry::{NodeLabels, Shard, Telemetry};
 
 /// Original destinations of a cluster that are remembered before the unused ones are looked for.
@@ -23,8 +23,11 @@ pub struct View {
     /// The configuration.
     pub snap: Arc<Snapshot>,
     shard: Arc<Shard>,
-    clusters: Box<[OnceLock<Arc<ClusterLocal>>]>,
+    /// By number, in pieces that are there once somebody in them is used: a push makes this anew for every worker.
+    clusters: Box<[OnceLock<Slots>]>,
 }
+
+type Slots = Box<[OnceLock<Arc<ClusterLocal>>]>;
 
 impl fmt::Debug for View {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -49,29 +52,35 @@ impl View {
 
     /// A view that counts in `shard`, which must be that of `prev`.
     pub fn counted(snap: Arc<Snapshot>, shard: Arc<Shard>, prev: Option<&Self>) -> Self {
-        let clusters: Box<[OnceLock<Arc<ClusterLocal>>]> = snap.clusters().iter().map(|_| OnceLock::new()).collect();
-        for old in prev.iter().flat_map(|view| &view.clusters).filter_map(OnceLock::get) {
-            let Some(id) = snap.cluster_id(&old.shared.name) else {
+        let pieces = snap.cluster_count().div_ceil(PIECE);
+        let view = Self { snap, shard, clusters: (0..pieces).map(|_| OnceLock::new()).collect() };
+        for old in prev.iter().flat_map(|view| view.used()) {
+            let Some(id) = view.snap.cluster_id(&old.shared.name) else {
                 old.retire(None);
                 continue;
             };
-            let shared = snap.cluster(id);
+            let shared = view.snap.cluster(id);
             let new = if Arc::ptr_eq(shared, &old.shared) {
                 Arc::clone(old)
             } else {
-                let new = ClusterLocal::new(Arc::clone(shared), shard.cluster(shared.stat_name()), Some(old));
+                let new = ClusterLocal::new(Arc::clone(shared), view.shard.cluster(shared.stat_name()), Some(old));
                 old.retire(Some(&new));
                 new
             };
             // Nobody else has the slots yet.
-            let _ = clusters[id.index()].set(new);
+            let _ = view.slot(id).set(new);
         }
-        Self { snap, shard, clusters }
+        view
+    }
+
+    fn slot(&self, id: ClusterId) -> &OnceLock<Arc<ClusterLocal>> {
+        let piece = self.clusters[id.index() / PIECE].get_or_init(|| (0..PIECE).map(|_| OnceLock::new()).collect());
+        &piece[id.index() % PIECE]
     }
 
     /// This worker's part of a cluster, made when it is first asked for.
     pub fn cluster(&self, id: ClusterId) -> &Arc<ClusterLocal> {
-        self.clusters[id.index()].get_or_init(|| {
+        self.slot(id).get_or_init(|| {
             let shared = self.snap.cluster(id);
             ClusterLocal::new(Arc::clone(shared), self.shard.cluster(shared.stat_name()), None)
         })
@@ -79,7 +88,7 @@ impl View {
 
     /// The clusters that this worker has used.
     pub fn used(&self) -> impl Iterator<Item = &Arc<ClusterLocal>> {
-        self.clusters.iter().filter_map(OnceLock::get)
+        self.clusters.iter().filter_map(OnceLock::get).flatten().filter_map(OnceLock::get)
     }
 }
 
@@ -133,7 +142,7 @@ impl ClusterLocal {
         let same_socket = |prev: &&Self| same_transport(prev.shared.default_transport(), shared.default_transport());
         let dynamic = prev.filter(same_socket);
         let local = Arc::new(Self {
-            hosts: shared.hosts.all.iter().map(pools).collect(),
+            hosts: shared.hosts().all.iter().map(pools).collect(),
             dynamic: dynamic.map_or_else(Arc::default, |prev| Arc::clone(&prev.dynamic)),
             balancer: Mutex::new(Balancer::new(fastrand::u64(..))),
             outlier: shared.config.outlier.as_ref().map(Policy::new),
@@ -166,7 +175,7 @@ impl ClusterLocal {
         }
         let clock = || self.shared.breakers.clock();
         let at = lock(&self.balancer).pick(&self.shared, wish, clock)?;
-        let host = Arc::clone(&self.shared.hosts.all[at as usize]);
+        let host = Arc::clone(&self.shared.hosts().all[at as usize]);
         Some(Picked { at: Some(at), host, pools: Arc::clone(&self.hosts[at as usize]) })
     }
 
@@ -217,7 +226,7 @@ impl ClusterLocal {
 
     fn detector(&self) -> Option<Detector<'_>> {
         let policy = self.outlier.as_ref()?;
-        Some(Detector { policy, breakers: &self.shared.breakers, hosts: &self.shared.hosts.all })
+        Some(Detector { policy, breakers: &self.shared.breakers, hosts: &self.shared.hosts().all })
     }
 
     /// Closes what is idle and not part of `next`.

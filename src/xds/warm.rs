@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
-use proxy_config::model::Shared;
+use proxy_config::model::{Endpoints, Pieces, Shared};
 use proxy_config::xds::Secret;
 use proxy_config::{Model, Name};
 use tokio::time::Instant;
@@ -69,7 +69,7 @@ impl Warm {
         let dirty = std::mem::take(&mut self.dirty);
         let of = |kind: Kind| dirty.iter().filter(move |(k, _)| *k == kind).map(|(_, name)| name);
         for name in of(Kind::Endpoints) {
-            if set(&mut self.model.endpoints, name, store.endpoints.get(name)) {
+            if assign(&mut self.model.endpoints, name, store.endpoints.get(name)) {
                 self.news.endpoints.push(Arc::clone(name));
             }
         }
@@ -159,6 +159,19 @@ impl Warm {
         }
         self.waiting.remove(&key);
         true
+    }
+}
+
+/// As [`set`], for load assignments.
+fn assign(served: &mut Pieces<Arc<Endpoints>>, name: &Name, held: Option<&Arc<Endpoints>>) -> bool {
+    match (served.get(name), held) {
+        (None, None) => false,
+        (Some(old), Some(new)) if Arc::ptr_eq(old, new) => false,
+        (_, Some(new)) => {
+            served.insert(Arc::clone(name), Arc::clone(new));
+            true
+        }
+        (Some(_), None) => served.remove(name).is_some(),
     }
 }
 

@@ -175,7 +175,7 @@ async fn t45_a_connection_serves_a_hundred_requests() {
 /// Addresses of ejected hosts with the seconds that are left.
 fn ejected(cluster: &ClusterLocal) -> Vec<(SocketAddr, u64)> {
     let shared = &cluster.shared;
-    let out = shared.hosts.all.iter().filter_map(|host| {
+    let out = shared.hosts().all.iter().filter_map(|host| {
         let until = host.stats.ejection.until.load(Relaxed);
         (until != 0).then(|| (host.address, until.saturating_sub(shared.breakers.clock()).div_ceil(1000)))
     });

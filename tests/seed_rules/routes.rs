@@ -55,7 +55,7 @@ fn t6_the_entry_is_an_endpoint() {
         let name = cluster(port, "");
         assert_eq!(world.hosts(&name), [(address.to_owned(), 0)], "T6 {port}");
         let shared = world.snapshot.cluster(world.snapshot.cluster_id(&name).expect("there"));
-        let host = &shared.hosts.all[0];
+        let host = &shared.hosts().all[0];
         assert!(host.is_eligible(), "T6 {port}");
         assert_eq!(format!("{:?}", shared.transport(host)), "tls", "T6 {port}: mTLS");
     }

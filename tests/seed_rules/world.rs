@@ -226,7 +226,7 @@ impl World {
     /// Hosts of a cluster with priority, in order.
     pub(crate) fn hosts(&self, cluster: &str) -> Vec<(String, u32)> {
         let id = self.snapshot.cluster_id(cluster).unwrap_or_else(|| panic!("no cluster {cluster}"));
-        let hosts = &self.snapshot.cluster(id).hosts.all;
+        let hosts = &self.snapshot.cluster(id).hosts().all;
         let mut all: Vec<_> = hosts.iter().map(|h| (h.address.to_string(), h.priority)).collect();
         all.sort();
         all

@@ -47,7 +47,7 @@ pub fn cluster(name: &str, host: SocketAddr, transport: Transport) -> Cluster {
         health: HealthStatus::default(),
         weight: 1,
         transport_labels: Default::default(),
-        workload: String::new(),
+        workload: Default::default(),
         hostname: String::new(),
         metadata: Default::default(),
     };

@@ -77,10 +77,10 @@ fn only(name: &str, address: &Address) -> Endpoints {
         address: address.clone(),
         health: HealthStatus::Unknown,
         weight: 1,
-        transport_labels: BTreeMap::new(),
-        workload: String::new(),
+        transport_labels: Default::default(),
+        workload: Default::default(),
         hostname: String::new(),
-        metadata: BTreeMap::new(),
+        metadata: Default::default(),
     };
     let locality =
         LocalityEndpoints { locality: Locality::default(), priority: 0, weight: None, endpoints: vec![endpoint] };

@@ -225,7 +225,7 @@ mod tests {
         );
         let assignment = &model.endpoints["outbound|80||web.app.svc.cluster.local"];
         let first = &assignment.localities[0].endpoints[0];
-        assert_eq!((first.workload.as_str(), first.transport_labels.len()), ("web-11;app;web;v1;Kubernetes", 1));
+        assert_eq!((&*first.workload, first.transport_labels.len()), ("web-11;app;web;v1;Kubernetes", 1));
         assert!(assignment.localities[2].endpoints[0].transport_labels.is_empty(), "no sidecar");
     }
 
@@ -582,7 +582,7 @@ mod tests {
         assert_eq!(shape(&model, 80, ""), zones(&[("z1", 0, Some(2), 1), ("z2", 0, Some(6), 2), ("z3", 0, None, 0)]));
         let gateway = &model.endpoints["outbound|80||web.app.svc.cluster.local"].localities[1].endpoints[0];
         assert_eq!(gateway.address, Address::Socket(([192, 0, 2, 77], 15443).into()));
-        assert_eq!((gateway.workload.as_str(), gateway.weight), (";;;;", 3));
+        assert_eq!((&*gateway.workload, gateway.weight), (";;;;", 3));
         "far".clone_into(&mut mesh.proxy.network);
         mesh.endpoints[0].network = "near".to_owned();
         let model = mesh.clusters(&[], "{}");

@@ -140,9 +140,9 @@ fn one(site: &Site<'_>, endpoint: &ServiceEndpoint, said: Option<TlsMode>) -> En
         health: endpoint.health,
         weight: endpoint.weight.max(1),
         transport_labels: mtls.then(|| ("tlsMode".to_owned(), "istio".to_owned())).into_iter().collect(),
-        workload: workload(endpoint, &site.view.proxy.cluster_id),
+        workload: workload(endpoint, &site.view.proxy.cluster_id).into(),
         hostname: String::new(),
-        metadata: BTreeMap::new(),
+        metadata: Default::default(),
     }
 }
 

@@ -87,10 +87,10 @@ fn through((network, ip, port): Gateway<'_>, weight: u32) -> Labelled {
         address: Address::Socket((ip, port).into()),
         health: HealthStatus::Unknown,
         weight: weight.max(1),
-        transport_labels: BTreeMap::from([("tlsMode".to_owned(), "istio".to_owned())]),
-        workload: ";;;;".to_owned(),
+        transport_labels: [("tlsMode".to_owned(), "istio".to_owned())].into_iter().collect(),
+        workload: ";;;;".into(),
         hostname: String::new(),
-        metadata: BTreeMap::new(),
+        metadata: Default::default(),
     };
     (endpoint, BTreeMap::from([("topology.istio.io/network".to_owned(), network.to_owned())]))
 }

@@ -80,7 +80,7 @@ fn a_virtual_machine_registers_itself() {
         let service = catalog.services.iter().find(|s| s.name == "payment-service").expect("the service");
         let endpoints = catalog.endpoints(service, 8080);
         let usable: Vec<&str> =
-            endpoints.iter().filter(|e| e.health != HealthStatus::Unhealthy).map(|e| e.workload.as_str()).collect();
+            endpoints.iter().filter(|e| e.health != HealthStatus::Unhealthy).map(|e| &*e.workload).collect();
         assert_eq!(usable.len(), hosts, "healthy: {healthy}");
         assert!(!load(sources, VM).proxy.auto_registered);
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::{Address, Name};
+use super::{Address, Name, Shared};
 
 /// `ClusterLoadAssignment`.
 #[derive(Debug, Clone, Default, PartialEq, Serialize)]
@@ -50,14 +50,14 @@ pub struct Endpoint {
     pub health: HealthStatus,
     /// Weight inside the locality; at least 1.
     pub weight: u32,
-    /// `envoy.transport_socket_match` pairs (`tlsMode: istio`).
-    pub transport_labels: BTreeMap<String, String>,
+    /// `envoy.transport_socket_match` pairs (`tlsMode: istio`). Endpoints of one workload share them, and what follows.
+    pub transport_labels: Shared<BTreeMap<String, String>>,
     /// `istio.workload`: `name;namespace;canonical service;revision;cluster`.
-    pub workload: String,
+    pub workload: Name,
     /// Host name, for DNS kinds.
     pub hostname: String,
     /// Other metadata by namespace, as canonical JSON.
-    pub metadata: BTreeMap<String, serde_json::Value>,
+    pub metadata: Shared<BTreeMap<String, serde_json::Value>>,
 }
 
 /// `HealthStatus`.

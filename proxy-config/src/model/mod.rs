@@ -9,6 +9,7 @@ mod endpoint;
 mod filter;
 mod listener;
 mod matcher;
+mod pieces;
 mod policy;
 mod route;
 mod shared;
@@ -24,6 +25,7 @@ pub use endpoint::*;
 pub use filter::*;
 pub use listener::*;
 pub use matcher::*;
+pub use pieces::Pieces;
 pub use policy::*;
 pub use route::*;
 pub use shared::Shared;
@@ -42,7 +44,7 @@ pub struct Model {
     /// Clusters by name (`outbound|80||host`, `inbound|8080||`, `PassthroughCluster`, ...).
     pub clusters: Shared<BTreeMap<Name, Arc<Cluster>>>,
     /// Load assignments by EDS service name.
-    pub endpoints: Shared<BTreeMap<Name, Arc<Endpoints>>>,
+    pub endpoints: Pieces<Arc<Endpoints>>,
     /// Mesh names for DNS (NDS).
     pub names: Shared<BTreeMap<Name, NameInfo>>,
     /// Objects that could not be served as they were said; see `inputs.md`, "A bad or not yet supported object".
@@ -71,7 +73,7 @@ pub struct NameInfo {
 }
 
 /// How much a refused object endangers: decides what `inputs.md` says happens in its place.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize)]
 pub enum Severity {
     /// Accepted; worth a line.
     Warning,
@@ -82,7 +84,7 @@ pub enum Severity {
 }
 
 /// A configuration object, or part of one, that is not served as said.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize)]
 pub struct Reject {
     /// What it is: `AuthorizationPolicy ns/name` or `Listener virtualInbound`.
     pub resource: String,

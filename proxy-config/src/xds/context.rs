@@ -55,7 +55,10 @@ impl<T> At for Read<T> {
 /// Reads every element of a repeated field.
 pub(super) fn each<M, T>(field: &str, of: Vec<M>, mut read: impl FnMut(M) -> Read<T>) -> Read<Vec<T>> {
     let one = |(i, m)| read(m).map_err(|fault| fault.under(&format!("{field}[{i}]")));
-    of.into_iter().enumerate().map(one).collect()
+    let mut all: Vec<T> = of.into_iter().enumerate().map(one).collect::<Read<_>>()?;
+    // It has the room of what it was read from, or of the next power of two, and is kept for long.
+    all.shrink_to_fit();
+    Ok(all)
 }
 
 /// Account of one resource.

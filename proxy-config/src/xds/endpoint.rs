@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use super::context::{At, Fault, Read, Reader, each};
 use super::value;
-use crate::model::{Endpoint, Endpoints, HealthStatus, Locality, LocalityEndpoints, Name};
+use crate::model::{Endpoint, Endpoints, HealthStatus, Locality, LocalityEndpoints, Name, Shared};
 
 /// `ClusterLoadAssignment`; also the inline one of a cluster.
 pub(super) fn endpoints(mut of: ClusterLoadAssignment, reader: &mut Reader) -> Read<Endpoints> {
@@ -31,14 +31,33 @@ pub(super) fn endpoints(mut of: ClusterLoadAssignment, reader: &mut Reader) -> R
 
 fn locality(mut of: LocalityLbEndpoints, reader: &mut Reader) -> Read<LocalityEndpoints> {
     let place = of.locality.take().unwrap_or_default();
+    let mut endpoints = each("lb_endpoints", take(&mut of.lb_endpoints), |e| endpoint(e, reader))?;
+    share(&mut endpoints);
     let out = LocalityEndpoints {
         locality: Locality { region: place.region, zone: place.zone, sub_zone: place.sub_zone },
         priority: take(&mut of.priority),
         weight: value::number(&mut of.load_balancing_weight),
-        endpoints: each("lb_endpoints", take(&mut of.lb_endpoints), |e| endpoint(e, reader))?,
+        endpoints,
     };
     reader.done(&of);
     Ok(out)
+}
+
+/// What an endpoint says like the one before it is kept once: a mesh has a hundred thousand of them.
+fn share(all: &mut [Endpoint]) {
+    for at in 1..all.len() {
+        let (before, rest) = all.split_at_mut(at);
+        let (like, endpoint) = (&before[at - 1], &mut rest[0]);
+        if endpoint.transport_labels == like.transport_labels {
+            endpoint.transport_labels = like.transport_labels.clone();
+        }
+        if endpoint.workload == like.workload {
+            endpoint.workload = Name::clone(&like.workload);
+        }
+        if endpoint.metadata == like.metadata {
+            endpoint.metadata = like.metadata.clone();
+        }
+    }
 }
 
 fn endpoint(mut of: LbEndpoint, reader: &mut Reader) -> Read<Endpoint> {
@@ -58,10 +77,10 @@ fn endpoint(mut of: LbEndpoint, reader: &mut Reader) -> Read<Endpoint> {
         address: address.and_then(|a| value::address(a, reader)).at("endpoint.address")?,
         health,
         weight: value::number(&mut of.load_balancing_weight).unwrap_or(1).max(1),
-        transport_labels: BTreeMap::new(),
-        workload: String::new(),
+        transport_labels: Shared::default(),
+        workload: Name::default(),
         hostname: take(&mut host.hostname),
-        metadata: BTreeMap::new(),
+        metadata: Shared::default(),
     };
     reader.done(&host);
     metadata(of.metadata.take().unwrap_or_default(), &mut out, reader);
@@ -73,10 +92,10 @@ fn metadata(mut of: Metadata, out: &mut Endpoint, reader: &mut Reader) {
     for (namespace, fields) in take(&mut of.filter_metadata) {
         let Value::Object(mut fields) = value::json(fields) else { continue };
         match namespace.as_str() {
-            "envoy.transport_socket_match" => out.transport_labels = labels(fields),
+            "envoy.transport_socket_match" => out.transport_labels = labels(fields).into(),
             "istio" => {
                 if let Some(Value::String(workload)) = fields.remove("workload") {
-                    out.workload = workload;
+                    out.workload = workload.into();
                 }
                 if !fields.is_empty() {
                     out.metadata.insert(namespace, Value::Object(fields));
@@ -133,9 +152,26 @@ mod tests {
         let metadata = Metadata { filter_metadata: filter_metadata.into(), ..Default::default() };
         let read = endpoint(LbEndpoint { metadata: Some(metadata), ..at("10.0.0.1") }, &mut Reader::default());
         let read = read.expect("valid");
-        assert_eq!((read.transport_labels["tlsMode"].as_str(), read.workload.as_str()), ("istio", "w;n;c;r;k"));
+        assert_eq!((read.transport_labels["tlsMode"].as_str(), &*read.workload), ("istio", "w;n;c;r;k"));
         assert_eq!(read.metadata.keys().collect::<Vec<_>>(), ["istio", "other"]);
         assert_eq!(read.weight, 1);
+    }
+
+    #[test]
+    fn endpoints_of_one_workload_share_what_is_said_of_it() {
+        let filter_metadata = [
+            ("envoy.transport_socket_match".to_owned(), fields(&[("tlsMode", "istio")])),
+            ("istio".to_owned(), fields(&[("workload", "w;n;c;r;k")])),
+        ];
+        let metadata = Metadata { filter_metadata: filter_metadata.into(), ..Default::default() };
+        let one = |ip| LbEndpoint { metadata: Some(metadata.clone()), ..at(ip) };
+        let said = LocalityLbEndpoints { lb_endpoints: vec![one("10.0.0.1"), one("10.0.0.2")], ..Default::default() };
+        let read = locality(said, &mut Reader::default()).expect("valid").endpoints;
+        assert!(read[0].transport_labels.same(&read[1].transport_labels) && read[0].metadata.same(&read[1].metadata));
+        assert!(
+            Name::as_ptr(&read[0].workload) == Name::as_ptr(&read[1].workload) && read[0].address != read[1].address
+        );
+        assert_eq!(read.capacity(), 2, "no room is kept for more");
     }
 
     #[test]
