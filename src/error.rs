@@ -423,6 +423,27 @@ impl fmt::Display for Error {
 
 impl std::error::Error for Error {}
 
+/// Names of gRPC's codes as Go's library and Envoy write them, each at its number.
+pub const GRPC_CODES: [&str; 17] = [
+    "OK",
+    "Canceled",
+    "Unknown",
+    "InvalidArgument",
+    "DeadlineExceeded",
+    "NotFound",
+    "AlreadyExists",
+    "PermissionDenied",
+    "ResourceExhausted",
+    "FailedPrecondition",
+    "Aborted",
+    "OutOfRange",
+    "Unimplemented",
+    "Internal",
+    "Unavailable",
+    "DataLoss",
+    "Unauthenticated",
+];
+
 /// gRPC's fixed mapping of an HTTP status to a gRPC status, for trailers-only replies.
 pub const fn grpc_status(http: u16) -> u32 {
     match http {

@@ -21,8 +21,8 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("xds", &["grpc", "net", "tls", "telemetry", "error"]),
     ("identity", &["grpc", "net", "tls", "error"]),
     ("iptables", &["net"]),
-    // HTTPS probes need a handshake, and hosts may have names.
-    ("probe", &["net", "tls", "dns"]),
+    // HTTPS probes need a handshake, and hosts may have names; refusals of gRPC are told by theirs.
+    ("probe", &["net", "tls", "dns", "error"]),
     // Keys of tokens, by URI.
     ("jwks", &["net", "tls", "dns"]),
     ("ca", &["tls", "error"]),

@@ -9,6 +9,7 @@ use prost::Message;
 use tokio::time::{sleep, timeout};
 
 use super::{Grpc, USER_AGENT, dial};
+use crate::error::GRPC_CODES;
 use crate::net::Stream;
 
 /// A health answer is a few bytes; more is not one.
@@ -16,26 +17,6 @@ const MAX_ANSWER: usize = 4096;
 /// A server that is just starting is given the whole time of the check.
 const AGAIN: Duration = Duration::from_millis(50);
 const SERVING: i32 = 1;
-/// Names of gRPC codes.
-const CODES: [&str; 17] = [
-    "OK",
-    "Canceled",
-    "Unknown",
-    "InvalidArgument",
-    "DeadlineExceeded",
-    "NotFound",
-    "AlreadyExists",
-    "PermissionDenied",
-    "ResourceExhausted",
-    "FailedPrecondition",
-    "Aborted",
-    "OutOfRange",
-    "Unimplemented",
-    "Internal",
-    "Unavailable",
-    "DataLoss",
-    "Unauthenticated",
-];
 
 /// `grpc.health.v1.HealthCheckRequest`.
 #[derive(Clone, PartialEq, Message)]
@@ -92,7 +73,7 @@ fn failed(error: h2::Error) -> String {
 }
 
 fn grpc_code(name: &str) -> usize {
-    CODES.iter().position(|code| *code == name).unwrap_or(2)
+    GRPC_CODES.iter().position(|code| *code == name).unwrap_or(2)
 }
 
 async fn exchange(sender: h2::client::SendRequest<Bytes>, grpc: &Grpc, address: SocketAddr) -> Result<(), String> {
@@ -142,7 +123,7 @@ fn told(headers: &HeaderMap, port: u16) -> Result<(), String> {
 }
 
 fn status(code: usize, message: &str, port: u16) -> Result<(), String> {
-    let name = CODES.get(code).copied().unwrap_or("Unknown");
+    let name = GRPC_CODES.get(code).copied().unwrap_or("Unknown");
     let told = format!("rpc error: code = {name} desc = {message}");
     match name {
         "OK" => Ok(()),

@@ -10,6 +10,7 @@ use super::cel::{CelValue, Expression};
 use super::clock::{TimePiece, time_format, write_time};
 use super::format::Operator;
 use super::record::{Headers, Record};
+use crate::error::GRPC_CODES;
 
 /// An operator with its arguments.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -463,24 +464,5 @@ fn hostname() -> String {
 
 /// gRPC's status names as Envoy prints them.
 pub(super) fn grpc_name(status: u32) -> &'static str {
-    const NAMES: [&str; 17] = [
-        "OK",
-        "Canceled",
-        "Unknown",
-        "InvalidArgument",
-        "DeadlineExceeded",
-        "NotFound",
-        "AlreadyExists",
-        "PermissionDenied",
-        "ResourceExhausted",
-        "FailedPrecondition",
-        "Aborted",
-        "OutOfRange",
-        "Unimplemented",
-        "Internal",
-        "Unavailable",
-        "DataLoss",
-        "Unauthenticated",
-    ];
-    NAMES.get(status as usize).copied().unwrap_or("InvalidCode")
+    GRPC_CODES.get(status as usize).copied().unwrap_or("InvalidCode")
 }

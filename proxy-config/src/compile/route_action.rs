@@ -6,7 +6,7 @@ use base64::Engine as _;
 
 use super::route_match;
 use crate::istio::virtual_service::{
-    CorsPolicy as IstioCors, DerivePort, Destination, FaultAbort, FaultDelay, HeaderOperations, Headers,
+    CorsPolicy as IstioCors, DerivePort, Destination, FaultAbort, FaultDelay, GRPC_CODES, HeaderOperations, Headers,
     HttpDirectResponse, HttpFault, HttpMirror, HttpRedirect, HttpRetry, HttpRoute, Percent, UnmatchedPreflights,
 };
 use crate::model::{
@@ -292,26 +292,7 @@ pub(super) fn fault(f: &HttpFault) -> Option<Fault> {
 }
 
 pub(super) fn grpc_code(name: &str) -> Option<u32> {
-    const NAMES: [&str; 17] = [
-        "OK",
-        "CANCELLED",
-        "UNKNOWN",
-        "INVALID_ARGUMENT",
-        "DEADLINE_EXCEEDED",
-        "NOT_FOUND",
-        "ALREADY_EXISTS",
-        "PERMISSION_DENIED",
-        "RESOURCE_EXHAUSTED",
-        "FAILED_PRECONDITION",
-        "ABORTED",
-        "OUT_OF_RANGE",
-        "UNIMPLEMENTED",
-        "INTERNAL",
-        "UNAVAILABLE",
-        "DATA_LOSS",
-        "UNAUTHENTICATED",
-    ];
-    NAMES.iter().position(|n| *n == name).and_then(|i| u32::try_from(i).ok())
+    GRPC_CODES.iter().position(|n| *n == name).and_then(|i| u32::try_from(i).ok())
 }
 
 /// CORS of a route.

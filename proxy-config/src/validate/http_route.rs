@@ -2,6 +2,7 @@
 
 use super::at::At;
 use super::{Findings, cors, duration, header, http_match, names};
+use crate::istio::virtual_service::GRPC_CODES;
 
 const KIB: usize = 1024;
 
@@ -169,7 +170,7 @@ pub(super) fn abort(found: &mut Findings, at: &At<'_>) {
     percentage(found, &at.get("percentage"));
     let (http, grpc, http2) = (at.get("httpStatus"), at.get("grpcStatus"), at.get("http2Error"));
     if grpc.is_said() {
-        found.expect(is_grpc_status(grpc.text()), &grpc, "a gRPC status such as NOT_FOUND is expected");
+        found.expect(GRPC_CODES.contains(&grpc.text()), &grpc, "a gRPC status such as NOT_FOUND is expected");
     } else if http2.is_said() {
         found.add(&http2, "HTTP/2 errors were never supported by Istio");
     } else if http.is_said() {
@@ -187,29 +188,6 @@ pub(super) fn delay(found: &mut Findings, at: &At<'_>) {
     if exponential.is_said() {
         found.add(&exponential, "exponential delays were never supported by Istio");
     }
-}
-
-fn is_grpc_status(text: &str) -> bool {
-    const WORDS: [&str; 17] = [
-        "OK",
-        "CANCELLED",
-        "UNKNOWN",
-        "INVALID_ARGUMENT",
-        "DEADLINE_EXCEEDED",
-        "NOT_FOUND",
-        "ALREADY_EXISTS",
-        "PERMISSION_DENIED",
-        "RESOURCE_EXHAUSTED",
-        "FAILED_PRECONDITION",
-        "ABORTED",
-        "OUT_OF_RANGE",
-        "UNIMPLEMENTED",
-        "INTERNAL",
-        "UNAVAILABLE",
-        "DATA_LOSS",
-        "UNAUTHENTICATED",
-    ];
-    WORDS.contains(&text)
 }
 
 /// 600 is let pass, as Istio does.
