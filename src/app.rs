@@ -100,7 +100,9 @@ pub fn run(args: &ProxyArgs, variables: BTreeMap<String, String>) -> Result<()> 
     let plan = agent.as_ref().map_or_else(|| plan(&variables), |agent| agreed(agent.drain));
     let said = Some(flag).filter(|n| *n > 0).or_else(|| agent.as_ref()?.concurrency);
     let workers = said.unwrap_or_else(|| host::concurrency(&variables));
-    let process = Process { ports, plan };
+    let limit = agent.as_ref().and_then(|agent| agent.connection_limit);
+    let limit = limit.map(|most| usize::try_from(most).unwrap_or(usize::MAX));
+    let process = Process { ports, plan, limit };
     // This thread is the control thread.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     if let Some(agent) = agent {
@@ -120,6 +122,8 @@ pub fn run(args: &ProxyArgs, variables: BTreeMap<String, String>) -> Result<()> 
 struct Process {
     ports: Ports,
     plan: Plan,
+    /// Connections that somebody said are enough.
+    limit: Option<usize>,
 }
 
 /// What a goodbye looks like.
@@ -163,6 +167,7 @@ async fn serve(
         telemetry: Arc::clone(&telemetry),
         logs: Arc::clone(&logs),
         connections: host::connections(),
+        refuse_above: process.limit,
     };
     let mut workers = Workers::start(count, &settings).context("workers")?;
     if let Some((address, e)) = workers.sockets(&first.snapshot).into_iter().next() {

@@ -33,7 +33,7 @@ use crate::telemetry::{Logs, Telemetry};
 use crate::upstream::View;
 use accept::Arrival;
 pub use balance::Load;
-use balance::Loads;
+use balance::{Limit, Loads};
 use sockets::Sockets;
 
 /// How often a worker looks whether its loop is late.
@@ -54,6 +54,9 @@ pub struct Settings {
     pub logs: Arc<Logs>,
     /// Connections of all workers; more wait in the kernel until one ends.
     pub connections: usize,
+    /// Connections of all workers that somebody said are enough (`globalDownstreamConnectionLimit`); more are closed at
+    /// once and counted, as Envoy does it.
+    pub refuse_above: Option<usize>,
 }
 
 /// All workers.
@@ -99,12 +102,18 @@ impl Workers {
         let (senders, receivers): (Vec<_>, Vec<_>) = (0..count).map(|_| mpsc::unbounded_channel()).unzip();
         let senders: Arc<[_]> = senders.into();
         let (told, ended) = mpsc::unbounded_channel();
+        let limit = settings.refuse_above.map(|most| Arc::new(Limit::new(most)));
         let mut handles = Vec::with_capacity(count);
         for (index, commands) in receivers.into_iter().enumerate() {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_io().enable_time().build()?;
             handles.push(Handle { index, loads: Arc::clone(&loads), runtime: runtime.handle().clone() });
-            let worker =
-                Start { index, loads: Arc::clone(&loads), peers: Arc::clone(&senders), settings: settings.clone() };
+            let worker = Start {
+                index,
+                loads: Arc::clone(&loads),
+                peers: Arc::clone(&senders),
+                settings: settings.clone(),
+                limit: limit.clone(),
+            };
             let told = Told(index, told.clone());
             thread(index, move || {
                 let _told = told;
@@ -176,6 +185,7 @@ struct Start {
     loads: Loads,
     peers: Arc<[mpsc::UnboundedSender<Command>]>,
     settings: Settings,
+    limit: Option<Arc<Limit>>,
 }
 
 /// A worker, on its own thread.
@@ -187,6 +197,8 @@ struct Worker {
     env: Arc<Env>,
     /// See [`Settings::connections`].
     connections: usize,
+    /// See [`Settings::refuse_above`].
+    limit: Option<Arc<Limit>>,
 }
 
 impl Start {
@@ -210,6 +222,7 @@ impl Start {
             drain: self.settings.drain,
             env,
             connections: self.settings.connections,
+            limit: self.limit,
         };
         Arc::new(worker).run(commands).await;
     }

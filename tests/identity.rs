@@ -429,6 +429,7 @@ impl Mesh {
             telemetry,
             logs,
             connections: usize::MAX,
+            refuse_above: None,
         };
         let mut workers = Workers::start(2, &settings).expect("threads");
         assert!(workers.sockets(&current).is_empty());

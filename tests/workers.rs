@@ -41,9 +41,15 @@ struct Proxy {
     workers: Workers,
     snapshots: watch::Sender<Arc<Snapshot>>,
     drain: Drain,
+    telemetry: Arc<Telemetry>,
 }
 
 fn start(count: usize, snapshot: &Arc<Snapshot>) -> Proxy {
+    limited(count, snapshot, None)
+}
+
+/// With a number of connections that are enough.
+fn limited(count: usize, snapshot: &Arc<Snapshot>, refuse_above: Option<usize>) -> Proxy {
     let (drain, leaving) = Drain::new();
     let (snapshots, receiver) = watch::channel(Arc::clone(snapshot));
     let telemetry = Telemetry::new(NodeLabels::default());
@@ -52,14 +58,15 @@ fn start(count: usize, snapshot: &Arc<Snapshot>) -> Proxy {
         snapshots: receiver,
         drain: leaving,
         node: Node::default(),
-        telemetry,
+        telemetry: Arc::clone(&telemetry),
         logs,
         connections: usize::MAX,
+        refuse_above,
     };
     let mut workers = Workers::start(count, &settings).expect("threads");
     let failed = workers.sockets(snapshot);
     assert!(failed.is_empty(), "{failed:?}");
-    Proxy { workers, snapshots, drain }
+    Proxy { workers, snapshots, drain, telemetry }
 }
 
 impl Proxy {
@@ -97,6 +104,39 @@ async fn few_long_connections_are_spread_exactly() {
 }
 
 #[tokio::test]
+async fn connections_above_a_limit_are_closed_at_once_and_counted() {
+    let (app, at) = (echo().await, free().await);
+    let proxy = limited(2, &compiled(app, &[(at, Direction::Inbound)]), Some(3));
+    let mut open = Vec::new();
+    for _ in 0..3 {
+        open.push(connected(at).await);
+    }
+    let refused = |n: u64| {
+        let samples = proxy.telemetry.samples();
+        let count = samples.iter().filter(|sample| sample.name == "downstream_global_cx_overflow");
+        assert_eq!(count.map(|sample| format!("{:?}", sample.value)).collect::<Vec<_>>(), [format!("Counter({n})")]);
+    };
+    for n in 1..=2 {
+        let mut one_more = TcpStream::connect(at).await.expect("the kernel accepts");
+        let end = timeout(LIMIT, one_more.read(&mut [0])).await.expect("in time");
+        assert!(matches!(end, Ok(0) | Err(_)), "{end:?}");
+        refused(n);
+    }
+    assert_eq!(proxy.active().iter().sum::<usize>(), 3);
+    // One goes, one comes.
+    open.pop();
+    let comes = async {
+        loop {
+            let Ok(mut client) = TcpStream::connect(at).await else { continue };
+            if speak(&mut client).await.is_ok() {
+                return client;
+            }
+        }
+    };
+    open.push(timeout(LIMIT, comes).await.expect("there is room again"));
+}
+
+#[tokio::test]
 async fn sockets_follow_the_configuration() {
     let (app, first, second) = (echo().await, free().await, free().await);
     let mut proxy = start(2, &compiled(app, &[(first, Direction::Inbound)]));
@@ -129,6 +169,7 @@ async fn a_port_that_somebody_has_is_told() {
         telemetry,
         logs,
         connections: usize::MAX,
+        refuse_above: None,
     };
     let failed = Workers::start(2, &settings).expect("threads").sockets(&snapshot);
     assert_eq!(failed.len(), 1);

@@ -9,11 +9,11 @@ use std::time::SystemTime;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::{Admin, ready};
+use super::Admin;
 use crate::control::Published;
 use crate::drain::Phase;
 use crate::snapshot::Snapshot;
-use crate::tls::CertInfo;
+use crate::tls::{CertInfo, unix_now};
 
 /// Whose configuration it is. Node metadata is not repeated: it may hold what nobody meant to show.
 #[derive(Serialize)]
@@ -65,7 +65,7 @@ pub(super) fn listeners_json(snapshot: &Snapshot) -> Value {
 
 /// `envoy.admin.v3.Certificates`, with the SDS name as path.
 pub(super) fn certs(snapshot: &Snapshot) -> Value {
-    let now = ready::unix_now();
+    let now = unix_now();
     let secrets = snapshot.secrets();
     let chains =
         secrets.identities().map(|(name, identity)| json!({ "cert_chain": details(name, &identity.info, now) }));

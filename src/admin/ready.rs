@@ -1,10 +1,10 @@
 //! Whether this proxy should get traffic, and if not, why.
 
 use std::sync::atomic::Ordering;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::Admin;
 use crate::drain::Phase;
+use crate::tls::unix_now;
 
 /// Why not, one reason a line; empty: ready.
 pub fn reasons(admin: &Admin) -> Vec<String> {
@@ -32,10 +32,4 @@ pub async fn wait_until_ready(admin: &Admin) {
             std::future::pending::<()>().await;
         }
     }
-}
-
-/// Seconds since 1970.
-pub(super) fn unix_now() -> i64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
 }

@@ -7,8 +7,9 @@ use std::time::SystemTime;
 use crate::drain::Phase;
 use crate::snapshot::{ClusterShared, Gauge, Host};
 use crate::telemetry::{self, Sample, StatsQuery, Value};
+use crate::tls::{Identity, unix_now};
 
-use super::{Admin, ready};
+use super::Admin;
 
 /// Every number under Envoy's names.
 pub(super) fn samples(admin: &Admin) -> Vec<Sample> {
@@ -64,11 +65,20 @@ fn server(admin: &Admin, out: &mut Vec<Sample>) {
         Sample::counter("cluster_manager", "cds.update_success", published.version),
         Sample::counter("listener_manager", "lds.update_success", published.version),
     ]);
-    let now = ready::unix_now();
+    let now = unix_now();
     let days = published.snapshot.secrets().identities().flat_map(|(_, identity)| &identity.info);
     if let Some(days) = days.map(|certificate| certificate.days_left(now)).min() {
         out.push(Sample::gauge("server", "days_until_first_cert_expiring", signed(days)));
     }
+    out.extend(published.snapshot.secrets().identities().filter_map(|(name, identity)| expiry(name, identity, now)));
+}
+
+/// What is left of a certificate chain, in seconds, negative when it has expired; under the agent's name for it.
+fn expiry(name: &str, identity: &Identity, now: i64) -> Option<Sample> {
+    let until = identity.info.iter().map(|certificate| certificate.not_after).min()?;
+    let name = name.replace('\\', "\\\\").replace('"', "\\\"");
+    let labels = format!("resource_name=\"{name}\"");
+    Some(Sample { instance: labels.into(), ..Sample::gauge("", "istio_agent_cert_expiry_seconds", until - now) })
 }
 
 fn of_cluster(cluster: &Arc<ClusterShared>, out: &mut Vec<Sample>) {

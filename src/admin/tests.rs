@@ -40,6 +40,7 @@ fn fixture() -> Fixture {
         telemetry: Arc::clone(&telemetry),
         logs,
         connections: 9,
+        refuse_above: None,
     };
     let workers = Workers::start(1, &settings).unwrap();
     let admin = Admin {

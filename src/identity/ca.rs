@@ -15,9 +15,9 @@ use tonic_prost::ProstCodec;
 use super::files::Output;
 use super::key::{KeyForm, Request};
 use super::schedule::{self, Rotation};
-use super::{News, Pem, failed, now};
+use super::{News, Pem, failed};
 use crate::grpc::{Channel, Credentials, Server};
-use crate::tls::{Identity, Roots};
+use crate::tls::{Identity, Roots, unix_now};
 
 /// How long a connection may take.
 const DIAL_LIMIT: Duration = Duration::from_secs(5);
@@ -106,7 +106,7 @@ fn take(issued: Issued, output: Option<&Output>, news: &watch::Sender<News>) {
 /// What is left of a certificate.
 fn life(identity: &Identity) -> Duration {
     let until = identity.info.first().map_or(0, |leaf| leaf.not_after);
-    Duration::from_secs(u64::try_from(until - now()).unwrap_or(0))
+    Duration::from_secs(u64::try_from(until - unix_now()).unwrap_or(0))
 }
 
 /// The next change of the anchors; never, where there are none.
@@ -146,7 +146,7 @@ impl<'a> Client<'a> {
                 }
             }
         };
-        read(&response, &request.key, anchors, now()).with_context(|| format!("CA {}", self.server.address))
+        read(&response, &request.key, anchors, unix_now()).with_context(|| format!("CA {}", self.server.address))
     }
 
     /// `before` counts the calls of this attempt that have failed; the agent tells the CA.
@@ -178,7 +178,7 @@ impl<'a> Client<'a> {
         if let Some(open) = self.channel.as_ref().filter(|channel| !channel.is_closed()) {
             return Ok(open.clone());
         }
-        let mut endpoint = self.server.endpoint(now())?;
+        let mut endpoint = self.server.endpoint(unix_now())?;
         endpoint.attempt = self.tried;
         match Channel::connect(&endpoint, DIAL_LIMIT).await {
             Ok(channel) => {
@@ -248,24 +248,24 @@ mod tests {
     }
 
     fn refusal(response: &CertificateResponse, key: &str) -> String {
-        format!("{:#}", read(response, key, &[], now()).map(|_| ()).unwrap_err())
+        format!("{:#}", read(response, key, &[], unix_now()).map(|_| ()).unwrap_err())
     }
 
     #[test]
     fn the_last_element_is_the_root_and_the_whole_chain_is_shown() {
         let (root, chain, key) = signed(600);
         let ca = root.certificate().trim_end();
-        let issued = read(&response(&[&chain, ca, ca]), &key, &[], now()).unwrap();
+        let issued = read(&response(&[&chain, ca, ca]), &key, &[], unix_now()).unwrap();
         assert_eq!((issued.identity.info.len(), issued.roots.info.len()), (3, 1));
         assert_eq!((&*issued.bundle, issued.chain.matches("BEGIN").count()), (ca, 3));
         assert!(life(&issued.identity) > Duration::from_secs(590));
         // A bundle of several roots in one element stays whole.
         let (other, _) = Root::generate("other").unwrap();
         let bundle = format!("{}{}", other.certificate(), root.certificate());
-        assert_eq!(read(&response(&[&chain, &bundle]), &key, &[], now()).unwrap().roots.info.len(), 2);
+        assert_eq!(read(&response(&[&chain, &bundle]), &key, &[], unix_now()).unwrap().roots.info.len(), 2);
         // Pushed anchors are trusted too, and are not written to the file of the CA's own.
         let anchors = [other.certificate().to_owned(), other.certificate().to_owned()];
-        let issued = read(&response(&[&chain, ca]), &key, &anchors, now()).unwrap();
+        let issued = read(&response(&[&chain, ca]), &key, &anchors, unix_now()).unwrap();
         assert_eq!((issued.roots.info.len(), issued.bundle.matches("BEGIN").count()), (2, 1));
     }
 

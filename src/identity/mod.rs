@@ -157,11 +157,6 @@ fn failed(news: &watch::Sender<News>, why: String) {
     });
 }
 
-/// Seconds since 1970.
-fn now() -> i64 {
-    time::OffsetDateTime::now_utc().unix_timestamp()
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Duration;

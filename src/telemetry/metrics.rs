@@ -181,6 +181,7 @@ cells! {
         gauge cx_active: "downstream_cx_active", "Open connections.";
         counter cx_destroy: "downstream_cx_destroy", "Connections closed.";
         counter cx_overflow: "downstream_cx_overflow", "Connections refused by a limit.";
+        counter global_cx_overflow: "downstream_global_cx_overflow", "Connections refused by the limit of all.";
         counter cx_overload_reject: "downstream_cx_overload_reject", "Connections refused under overload.";
         counter no_filter_chain_match: "no_filter_chain_match", "Connections without a chain.";
         counter pre_cx_timeout: "downstream_pre_cx_timeout", "Inspections that took too long.";

@@ -26,3 +26,9 @@ pub use config::{ClientTls, ServerTls};
 pub use handshake::{HANDSHAKE_LIMIT, TlsError, accept, connect};
 pub use peer::{Peer, hex, hex_sha256};
 pub use spiffe::SpiffeId;
+
+/// The time by which certificates are good or not: seconds since 1970.
+pub fn unix_now() -> i64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_secs()).unwrap_or(i64::MAX)
+}

@@ -10,7 +10,7 @@ use futures_util::FutureExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::sleep;
 
-use super::balance::{self, Seat, choose};
+use super::balance::{self, Limit, Seat, choose};
 use super::{Command, Way, Worker};
 use crate::drain::Phase;
 use crate::net::{self, Stream};
@@ -85,8 +85,12 @@ impl Worker {
 
     /// Serves it here or sends it where there is less to do.
     fn take(self: &Arc<Self>, tcp: TcpStream, peer: SocketAddr, socket: SocketAddr) {
+        let room = self.limit.as_ref().map(Limit::room);
+        if let Some(None) = room {
+            return self.overflow(peer, socket);
+        }
         let to = choose(&self.loads, self.index);
-        let arrival = Arrival { peer, socket, seat: Seat::take(&self.loads, to, &self.drain) };
+        let arrival = Arrival { peer, socket, seat: Seat::take(&self.loads, to, &self.drain, room.flatten()) };
         if to == self.index {
             return self.serve(tcp, arrival);
         }
@@ -96,6 +100,15 @@ impl Worker {
         if !matches!(sent, Ok(Ok(()))) {
             tracing::warn!("a connection from {peer} was lost between workers");
         }
+    }
+
+    /// Closes a connection that is one too many, by dropping it where this is called.
+    fn overflow(&self, peer: SocketAddr, socket: SocketAddr) {
+        let view = self.env.view();
+        if let Some(listener) = listener_at(&view.snap, socket) {
+            self.env.shard().listener(&listener.name).global_cx_overflow.inc();
+        }
+        tracing::debug!("a connection from {peer} is closed: the limit of all connections is reached");
     }
 
     /// Starts the connection's task.

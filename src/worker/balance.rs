@@ -41,21 +41,53 @@ pub(super) fn is_full(loads: &Loads, most: usize) -> bool {
     loads.iter().map(|load| load.active.load(Ordering::Relaxed)).sum::<usize>() >= most
 }
 
+/// Connections that all workers together may have. One count that they share, touched once when a connection comes and
+/// once when it goes, and only where somebody said a number.
+#[derive(Debug)]
+pub(super) struct Limit {
+    open: AtomicUsize,
+    most: usize,
+}
+
+/// Room for one connection; dropping it gives it back.
+#[derive(Debug)]
+pub(super) struct Room(Arc<Limit>);
+
+impl Limit {
+    pub(super) fn new(most: usize) -> Self {
+        Self { open: AtomicUsize::new(0), most }
+    }
+
+    /// Room for one more, if there is any.
+    pub(super) fn room(self: &Arc<Self>) -> Option<Room> {
+        let more = |open: usize| (open < self.most).then_some(open + 1);
+        self.open.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more).ok()?;
+        Some(Room(Arc::clone(self)))
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// A connection's place with its worker; dropping it leaves.
 #[derive(Debug)]
 pub(super) struct Seat {
     loads: Loads,
     index: usize,
+    _room: Option<Room>,
     _waited_for: Guard,
 }
 
 impl Seat {
     /// Takes one. It counts from the moment of the decision, so that a burst is spread before its connections have
     /// arrived.
-    pub(super) fn take(loads: &Loads, index: usize, drain: &Watch) -> Self {
+    pub(super) fn take(loads: &Loads, index: usize, drain: &Watch, room: Option<Room>) -> Self {
         loads[index].active.fetch_add(1, Ordering::Relaxed);
         loads[index].total.fetch_add(1, Ordering::Relaxed);
-        Self { loads: Arc::clone(loads), index, _waited_for: drain.guard() }
+        Self { loads: Arc::clone(loads), index, _room: room, _waited_for: drain.guard() }
     }
 }
 
@@ -98,10 +130,21 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_lets_in_as_many_as_it_says_and_again_when_one_has_gone() {
+        let limit = Arc::new(Limit::new(2));
+        let first = limit.room();
+        let second = limit.room();
+        assert!(first.is_some() && second.is_some() && limit.room().is_none());
+        drop(first);
+        assert!(limit.room().is_some(), "and what was not kept is given back");
+        assert!(limit.room().is_some());
+    }
+
+    #[test]
     fn connections_of_one_socket_are_spread_evenly_and_leave_again() {
         let loads = loads(&[0, 0, 0]);
         let (drain, watch) = Drain::new();
-        let seats: Vec<Seat> = (0..9).map(|_| Seat::take(&loads, choose(&loads, 0), &watch)).collect();
+        let seats: Vec<Seat> = (0..9).map(|_| Seat::take(&loads, choose(&loads, 0), &watch, None)).collect();
         let active = || loads.iter().map(|l| l.active.load(Ordering::Relaxed)).collect::<Vec<_>>();
         assert_eq!(active(), [3, 3, 3]);
         assert_eq!(drain.active(), 9);
