@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Result, anyhow, bail};
 use proxy_config::bootstrap::PemFiles;
 use proxy_config::model::{ClusterKind, CommonTls, Transport};
-use proxy_config::xds::{Material, Secret};
+use proxy_config::xds::Secret;
 use proxy_config::{Model, Name, Reject, Severity};
 use tokio::sync::watch;
 
@@ -159,13 +159,7 @@ pub(super) fn with_files(mut secrets: Secrets, model: &Model, made_up: bool) -> 
 pub(super) fn with_streamed(mut secrets: Secrets, streamed: &BTreeMap<Name, Arc<Secret>>) -> (Secrets, Vec<Reject>) {
     let mut rejects = Vec::new();
     for (name, secret) in streamed {
-        let used = match &secret.material {
-            Material::Certificate { chain, key } => {
-                Identity::from_pem(chain, key).map(|identity| secrets.with_identity(name, identity))
-            }
-            Material::Roots(pem) => Roots::from_pem(pem).map(|roots| secrets.with_roots(name, roots)),
-        };
-        match used {
+        match secrets.with_material(name, &secret.material) {
             Ok(next) => secrets = next,
             Err(reason) => rejects.push(Reject {
                 resource: format!("Secret {name}"),

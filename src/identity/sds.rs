@@ -4,8 +4,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use bytes::Bytes;
-use proxy_config::sds::{self, Material, Request, SECRET, STREAM_SECRETS, Secret, Status};
-use proxy_config::xds::DiscoveryResponse;
+use proxy_config::sds::{SECRET, STREAM_SECRETS};
+use proxy_config::xds::{self, DiscoveryRequest, DiscoveryResponse, Secret, Status};
 use tokio::sync::{mpsc, watch};
 use tokio::time::sleep;
 use tokio_stream::wrappers::ReceiverStream;
@@ -15,7 +15,7 @@ use tonic_prost::ProstCodec;
 use super::schedule;
 use super::{News, failed};
 use crate::grpc::{Channel, Endpoint, Keepalive};
-use crate::tls::{Identity, Roots, Secrets};
+use crate::tls::Secrets;
 
 /// Names of what is asked for.
 const WANTED: [&str; 2] = ["default", "ROOTCA"];
@@ -53,13 +53,13 @@ async fn stream(endpoint: &Endpoint, node: &Bytes, news: &watch::Sender<News>) -
     let (send, requests) = mpsc::channel(4);
     let first = request(String::new(), String::new(), None);
     // The channel is empty and as long as it lives there is room: every response is answered once.
-    let _ = send.try_send(Request { node: Some(node.clone()), ..first });
+    let _ = send.try_send(DiscoveryRequest { node: Some(node.clone()), ..first });
     let mut grpc = Grpc::new(channel);
     if let Err(e) = grpc.ready().await {
         return e.to_string();
     }
     let path = http::uri::PathAndQuery::from_static(STREAM_SECRETS);
-    let codec = ProstCodec::<Request, DiscoveryResponse>::default();
+    let codec = ProstCodec::<DiscoveryRequest, DiscoveryResponse>::default();
     let stream = grpc.streaming(tonic::Request::new(ReceiverStream::new(requests)), path, codec).await;
     let mut responses = match stream {
         Ok(responses) => responses.into_inner(),
@@ -82,8 +82,8 @@ async fn stream(endpoint: &Endpoint, node: &Bytes, news: &watch::Sender<News>) -
     }
 }
 
-fn request(version_info: String, response_nonce: String, error: Option<String>) -> Request {
-    Request {
+fn request(version_info: String, response_nonce: String, error: Option<String>) -> DiscoveryRequest {
+    DiscoveryRequest {
         version_info,
         node: None,
         resource_names: WANTED.map(str::to_owned).to_vec(),
@@ -95,7 +95,8 @@ fn request(version_info: String, response_nonce: String, error: Option<String>) 
 
 /// Publishes what a response brings; all of it or nothing.
 fn take(response: &DiscoveryResponse, news: &watch::Sender<News>) -> Result<(), String> {
-    let secrets = response.resources.iter().map(sds::read).collect::<Result<Vec<_>, _>>();
+    let read = |any| xds::secret(any).map(|secret| secret.value).map_err(|reject| reject.to_string());
+    let secrets = response.resources.iter().map(read).collect::<Result<Vec<_>, _>>();
     let old = news.borrow().secrets.clone();
     let next = secrets.and_then(|secrets| secrets.iter().try_fold(old, with));
     match next {
@@ -115,23 +116,9 @@ fn take(response: &DiscoveryResponse, news: &watch::Sender<News>) -> Result<(), 
 }
 
 fn with(secrets: Secrets, secret: &Secret) -> Result<Secrets, String> {
-    let told = |why: String| format!("secret {}: {why}", secret.name);
+    let told = |why: String| format!("Secret {}: {why}", secret.name);
     if !WANTED.contains(&&*secret.name) {
         return Err(told("not asked for".to_owned()));
     }
-    match &secret.material {
-        Material::Certificate { chain, key } => {
-            Ok(secrets.with_identity(&secret.name, Identity::from_pem(chain, key).map_err(told)?))
-        }
-        Material::Roots { pem, revoked } => {
-            let roots = Roots::from_pem(pem).map_err(told)?;
-            let roots =
-                revoked.as_ref().map_or_else(|| Ok(roots.clone()), |lists| roots.with_revoked(lists)).map_err(told)?;
-            Ok(secrets.with_roots(&secret.name, roots))
-        }
-        Material::Domains(domains) => {
-            let domains = domains.iter().map(|(name, pem)| (&**name, &**pem));
-            Ok(secrets.with_roots(&secret.name, Roots::of_domains(domains).map_err(told)?))
-        }
-    }
+    secrets.with_material(&secret.name, &secret.material).map_err(told)
 }

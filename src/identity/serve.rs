@@ -20,8 +20,8 @@ use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use proxy_config::bootstrap::PemFiles;
-use proxy_config::sds::{self, Material, Request, SECRET, STREAM_SECRETS, Secret};
-use proxy_config::xds::{Any, DiscoveryResponse};
+use proxy_config::sds::{self, SECRET, STREAM_SECRETS};
+use proxy_config::xds::{Any, DiscoveryRequest, DiscoveryResponse, Material, Secret};
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
 use tokio::net::{UnixListener, UnixStream};
@@ -116,7 +116,7 @@ async fn talk(stream: UnixStream, server: Arc<Server>) {
                 let method = request.uri().path().rsplit('/').next().unwrap_or_default();
                 return Ok(Status::unimplemented(format!("{method} not implemented")).into_http());
             }
-            let mut grpc = tonic::server::Grpc::new(ProstCodec::<DiscoveryResponse, Request>::default());
+            let mut grpc = tonic::server::Grpc::new(ProstCodec::<DiscoveryResponse, DiscoveryRequest>::default());
             Ok::<_, Infallible>(grpc.streaming(Stream(server), request).await)
         }
     });
@@ -128,12 +128,12 @@ async fn talk(stream: UnixStream, server: Arc<Server>) {
 /// One `StreamSecrets`.
 struct Stream(Arc<Server>);
 
-impl tonic::server::StreamingService<Request> for Stream {
+impl tonic::server::StreamingService<DiscoveryRequest> for Stream {
     type Response = DiscoveryResponse;
     type ResponseStream = ReceiverStream<Result<DiscoveryResponse, Status>>;
     type Future = Pin<Box<dyn Future<Output = Result<tonic::Response<Self::ResponseStream>, Status>> + Send>>;
 
-    fn call(&mut self, request: tonic::Request<Streaming<Request>>) -> Self::Future {
+    fn call(&mut self, request: tonic::Request<Streaming<DiscoveryRequest>>) -> Self::Future {
         let (send, responses) = mpsc::channel(1);
         tokio::spawn(converse(Arc::clone(&self.0), request.into_inner(), send));
         Box::pin(std::future::ready(Ok(tonic::Response::new(ReceiverStream::new(responses)))))
@@ -151,7 +151,7 @@ struct Asked {
 
 impl Asked {
     /// Takes a request in; the names to answer, none for an acknowledgement.
-    fn on_request(&mut self, request: &Request) -> Result<Vec<String>, Status> {
+    fn on_request(&mut self, request: &DiscoveryRequest) -> Result<Vec<String>, Status> {
         if !self.begun && request.node.is_none() {
             return Err(Status::invalid_argument("missing node information"));
         }
@@ -170,13 +170,13 @@ impl Asked {
 
     /// What of this is news.
     fn news(&mut self, secrets: Vec<Secret>) -> Vec<Secret> {
-        secrets.into_iter().filter(|s| self.sent.get(&s.name) != Some(&s.material)).collect()
+        secrets.into_iter().filter(|s| self.sent.get(&*s.name) != Some(&s.material)).collect()
     }
 }
 
 async fn converse(
     server: Arc<Server>,
-    mut requests: Streaming<Request>,
+    mut requests: Streaming<DiscoveryRequest>,
     send: mpsc::Sender<Result<DiscoveryResponse, Status>>,
 ) {
     let mut asked = Asked::default();
@@ -214,13 +214,13 @@ impl Server {
                 _ if name.starts_with("file-") => from_files(name).await.map_err(told)?,
                 _ => return Err(Status::not_found(format!("{name} is not served here"))),
             };
-            secrets.push(Secret { name: name.clone(), material });
+            secrets.push(Secret { name: name.as_str().into(), material });
         }
         let secrets = asked.news(secrets);
         if secrets.is_empty() {
             return Ok(None);
         }
-        asked.sent.extend(secrets.iter().map(|s| (s.name.clone(), s.material.clone())));
+        asked.sent.extend(secrets.iter().map(|s| (s.name.to_string(), s.material.clone())));
         let count = self.count.fetch_add(1, Ordering::Relaxed) + 1;
         let now = OffsetDateTime::now_utc().replace_nanosecond(0).unwrap_or(OffsetDateTime::UNIX_EPOCH);
         asked.nonce = format!("{:032x}", fastrand::u128(..));
@@ -324,12 +324,12 @@ async fn patiently(look: impl Fn() -> Result<Material, String>) -> Result<Materi
 mod tests {
     use super::*;
 
-    fn request(names: &[&str], nonce: &str) -> Request {
-        Request {
+    fn request(names: &[&str], nonce: &str) -> DiscoveryRequest {
+        DiscoveryRequest {
             node: Some(Bytes::from_static(b"\x0a\x01x")),
             resource_names: names.iter().map(|name| (*name).to_owned()).collect(),
             response_nonce: nonce.to_owned(),
-            ..Request::default()
+            ..DiscoveryRequest::default()
         }
     }
 
@@ -343,21 +343,22 @@ mod tests {
         assert_eq!(asked.on_request(&request(&["default", "ROOTCA"], "1")).unwrap(), ["default", "ROOTCA"]);
         assert!(asked.on_request(&request(&["default"], "1")).unwrap().is_empty(), "fewer names are no question");
         assert!(asked.on_request(&request(&["x"], "0")).unwrap().is_empty(), "overtaken");
-        let refused = Request { error_detail: Some(sds::Status::default()), ..request(&["y"], "1") };
+        let refused =
+            DiscoveryRequest { error_detail: Some(proxy_config::xds::Status::default()), ..request(&["y"], "1") };
         assert!(asked.on_request(&refused).unwrap().is_empty());
     }
 
     #[test]
     fn a_first_request_says_who_asks() {
         let mut asked = Asked::default();
-        let status = asked.on_request(&Request { node: None, ..request(&["default"], "") }).unwrap_err();
+        let status = asked.on_request(&DiscoveryRequest { node: None, ..request(&["default"], "") }).unwrap_err();
         assert_eq!((status.code(), status.message()), (tonic::Code::InvalidArgument, "missing node information"));
     }
 
     #[test]
     fn what_is_known_is_no_news() {
         let secret = |name: &str, pem: &'static str| Secret {
-            name: name.to_owned(),
+            name: name.into(),
             material: Material::Roots { pem: pem.into(), revoked: None },
         };
         let mut asked = Asked::default();

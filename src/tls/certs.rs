@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
+use proxy_config::xds::Material;
 use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, TrustAnchor};
@@ -53,8 +54,10 @@ pub struct Roots {
     pub(super) by_domain: BTreeMap<String, Vec<TrustAnchor<'static>>>,
     /// Where there are any, every certificate of a chain must be on a list that its issuer signed, and not revoked by it.
     pub(super) revoked: Arc<[CertRevocationList<'static>]>,
-    /// As read: to be shown.
+    /// As read: to be shown and kept.
     all: Vec<CertificateDer<'static>>,
+    domains: BTreeMap<String, Vec<CertificateDer<'static>>>,
+    lists: Arc<[CertificateRevocationListDer<'static>]>,
     pub(super) digest: String,
     /// What they say.
     pub info: Vec<CertInfo>,
@@ -150,24 +153,43 @@ impl Roots {
         }
         let anchors = anchors(&all)?;
         let info = all.iter().map(CertInfo::read).collect::<Result<_, _>>()?;
-        Ok(Self { anchors, by_domain: BTreeMap::new(), revoked: Arc::from([]), digest: digest(&all), info, all })
+        Ok(Self {
+            anchors,
+            by_domain: BTreeMap::new(),
+            revoked: Arc::from([]),
+            digest: digest(&all),
+            info,
+            all,
+            domains: BTreeMap::new(),
+            lists: Arc::from([]),
+        })
     }
 
     /// Roots for each trust domain, PEM; a domain's certificates must lead to its own.
     pub fn of_domains<'a>(domains: impl IntoIterator<Item = (&'a str, &'a [u8])>) -> Result<Self, String> {
-        let (mut by_domain, mut all) = (BTreeMap::new(), Vec::new());
+        let (mut by_domain, mut all, mut said) = (BTreeMap::new(), Vec::new(), BTreeMap::new());
         for (domain, pem) in domains {
             let own = certificates(pem).map_err(|e| format!("trust domain {domain}: {e}"))?;
             by_domain.insert(domain.to_owned(), anchors(&own)?);
-            all.extend(own);
+            all.extend(own.iter().cloned());
+            said.insert(domain.to_owned(), own);
         }
         if by_domain.is_empty() {
             return Err("no trust domain in it".to_owned());
         }
-        let names: Vec<&str> = by_domain.keys().map(String::as_str).collect();
-        let digest = format!("{} {}", names.join(","), digest(&all));
+        // Which roots are whose is part of what they say.
+        let parts: Vec<String> = said.iter().map(|(domain, own)| format!("{domain} {}", digest(own))).collect();
         let info = all.iter().map(CertInfo::read).collect::<Result<_, _>>()?;
-        Ok(Self { anchors: anchors(&all)?, by_domain, revoked: Arc::from([]), digest, info, all })
+        Ok(Self {
+            anchors: anchors(&all)?,
+            by_domain,
+            revoked: Arc::from([]),
+            digest: parts.join(","),
+            info,
+            all,
+            domains: said,
+            lists: Arc::from([]),
+        })
     }
 
     /// The same with certificate revocation lists, PEM.
@@ -181,7 +203,8 @@ impl Roots {
         let revoked = lists.iter().map(read).collect::<Result<_, _>>().map_err(|e| format!("revocation list: {e}"))?;
         let bytes: Vec<u8> = lists.iter().flat_map(|list| list.iter().copied()).collect();
         let own = self.digest.split('+').next().unwrap_or_default();
-        Ok(Self { revoked, digest: format!("{own}+{}", hex(sha256(&bytes).as_ref())), ..self.clone() })
+        let lists = lists.into();
+        Ok(Self { revoked, lists, digest: format!("{own}+{}", hex(sha256(&bytes).as_ref())), ..self.clone() })
     }
 
     /// The same from a file.
@@ -194,9 +217,14 @@ impl Roots {
         all_pem(&self.all)
     }
 
-    /// Whether its certificates are all there is to it: no roots by trust domain, nothing revoked.
-    pub fn is_plain(&self) -> bool {
-        self.by_domain.is_empty() && self.revoked.is_empty()
+    /// The roots of each trust domain as PEM; none where all are for everybody.
+    pub fn domains_pem(&self) -> impl Iterator<Item = (&str, String)> {
+        self.domains.iter().map(|(domain, own)| (domain.as_str(), all_pem(own)))
+    }
+
+    /// The revocation lists as PEM; empty: there are none.
+    pub fn revoked_pem(&self) -> String {
+        self.lists.iter().map(|list| pem("X509 CRL", list)).collect()
     }
 
     /// The operating system's.
@@ -238,6 +266,25 @@ impl Secrets {
         let mut next = self.clone();
         next.roots.insert(name.into(), Arc::new(roots));
         next
+    }
+
+    /// Adds or replaces what a secret holds.
+    ///
+    /// # Errors
+    /// What of it cannot be used.
+    pub fn with_material(&self, name: &str, material: &Material) -> Result<Self, String> {
+        Ok(match material {
+            Material::Certificate { chain, key } => self.with_identity(name, Identity::from_pem(chain, key)?),
+            Material::Roots { pem, revoked } => {
+                let roots = Roots::from_pem(pem)?;
+                let revoked = revoked.as_ref().map(|lists| roots.with_revoked(lists)).transpose()?;
+                self.with_roots(name, revoked.unwrap_or(roots))
+            }
+            Material::Domains(domains) => {
+                let domains = domains.iter().map(|(name, pem)| (&**name, &**pem));
+                self.with_roots(name, Roots::of_domains(domains)?)
+            }
+        })
     }
 
     /// Reads the files that an SDS name speaks of: `file-cert:CERT~KEY`, `file-root:PATH`, `file-root:system`. Other

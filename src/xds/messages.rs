@@ -4,40 +4,7 @@ use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use proxy_config::xds::{Any, DiscoveryResponse};
-
-/// `google.rpc.Status`, as an `error_detail`.
-#[derive(Clone, PartialEq, Eq, prost::Message)]
-pub struct Status {
-    /// gRPC code; 13 (internal) as Envoy and the agent have it.
-    #[prost(int32, tag = "1")]
-    pub code: i32,
-    /// For people.
-    #[prost(string, tag = "2")]
-    pub message: String,
-}
-
-/// `DiscoveryRequest`: state of the world.
-#[derive(Clone, PartialEq, Eq, prost::Message)]
-pub struct DiscoveryRequest {
-    /// Version that was accepted last.
-    #[prost(string, tag = "1")]
-    pub version_info: String,
-    /// An encoded `envoy.config.core.v3.Node`; on the first message of a stream.
-    #[prost(bytes = "bytes", optional, tag = "2")]
-    pub node: Option<Bytes>,
-    /// Everything that is wanted; none: all of a wildcard type.
-    #[prost(string, repeated, tag = "3")]
-    pub resource_names: Vec<String>,
-    /// Type.
-    #[prost(string, tag = "4")]
-    pub type_url: String,
-    /// Which response this answers.
-    #[prost(string, tag = "5")]
-    pub response_nonce: String,
-    /// Why it was not accepted.
-    #[prost(message, optional, tag = "6")]
-    pub error_detail: Option<Status>,
-}
+pub use proxy_config::xds::{DiscoveryRequest, Status};
 
 /// `DeltaDiscoveryRequest`.
 #[derive(Clone, PartialEq, Eq, prost::Message)]

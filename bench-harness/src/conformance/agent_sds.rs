@@ -11,8 +11,7 @@ use bytes::{BufMut, Bytes, BytesMut};
 use h2::client::{ResponseFuture, SendRequest};
 use h2::{RecvStream, SendStream};
 use prost::Message;
-use proxy_config::sds::{self, Material, Request, Secret};
-use proxy_config::xds::DiscoveryResponse;
+use proxy_config::xds::{self, DiscoveryRequest, DiscoveryResponse, Material, Secret, Status};
 use serde_json::{Map, Value, json};
 use tokio::net::UnixStream;
 use tokio::time::timeout;
@@ -278,14 +277,14 @@ impl Client {
         let names = json["resource_names"].as_array().into_iter().flatten().filter_map(Value::as_str);
         let id = json["node"]["id"].as_str();
         let had = |name: &str, ours: &str| if text(name).is_empty() { String::new() } else { ours.to_owned() };
-        let request = Request {
+        let request = DiscoveryRequest {
             version_info: had("version_info", &self.last.version_info),
             // Node: {1: id}
             node: id.map(|id| Tag { text: id.to_owned() }.encode_to_vec().into()),
             resource_names: names.map(|name| files.local(name)).collect(),
             type_url: text("type_url"),
             response_nonce: had("response_nonce", &self.last.nonce),
-            error_detail: json["error_detail"].as_object().map(|_| sds::Status {
+            error_detail: json["error_detail"].as_object().map(|_| Status {
                 code: 13,
                 message: json["error_detail"]["message"].as_str().unwrap_or_default().to_owned(),
             }),
@@ -392,9 +391,9 @@ fn said(response: &DiscoveryResponse, files: &Files) -> Value {
         };
         Map::from_iter([(name.to_owned(), fields)])
     };
-    let resources = response.resources.iter().map(|any| match sds::read(any) {
+    let resources = response.resources.iter().map(|any| match xds::secret(any).map(|read| read.value) {
         Ok(secret) => json!({"name": files.recorded(&secret.name), "kinds": kind(&secret)}),
-        Err(e) => json!(e),
+        Err(e) => json!(e.to_string()),
     });
     json!({"type": response.type_url, "resources": resources.collect::<Vec<_>>()})
 }

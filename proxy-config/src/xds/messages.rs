@@ -34,6 +34,40 @@ pub struct DiscoveryResponse {
     pub nonce: String,
 }
 
+/// `google.rpc.Status`, as an `error_detail`.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct Status {
+    /// gRPC code; 13 (internal) as Envoy and the agent have it.
+    #[prost(int32, tag = "1")]
+    pub code: i32,
+    /// For people.
+    #[prost(string, tag = "2")]
+    pub message: String,
+}
+
+/// `envoy.service.discovery.v3.DiscoveryRequest`: state of the world.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub struct DiscoveryRequest {
+    /// Version that was accepted last.
+    #[prost(string, tag = "1")]
+    pub version_info: String,
+    /// An encoded `envoy.config.core.v3.Node`; on the first message of a stream.
+    #[prost(bytes = "bytes", optional, tag = "2")]
+    pub node: Option<Bytes>,
+    /// Everything that is wanted; none: all of a wildcard type.
+    #[prost(string, repeated, tag = "3")]
+    pub resource_names: Vec<String>,
+    /// Type.
+    #[prost(string, tag = "4")]
+    pub type_url: String,
+    /// Which response this answers.
+    #[prost(string, tag = "5")]
+    pub response_nonce: String,
+    /// Why it was not accepted.
+    #[prost(message, optional, tag = "6")]
+    pub error_detail: Option<Status>,
+}
+
 /// `udpa.type.v1.TypedStruct` and `xds.type.v3.TypedStruct`: the same message under two names.
 #[derive(Clone, PartialEq, prost::Message)]
 pub(super) struct TypedStruct {
@@ -43,6 +77,14 @@ pub(super) struct TypedStruct {
     /// Its content as JSON.
     #[prost(message, optional, tag = "2")]
     pub(super) value: Option<Struct>,
+}
+
+/// `istio.mesh.v1alpha1.ProxyConfig`, as far as a running proxy takes it from its control plane.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub(super) struct ProxyConfig {
+    /// Certificates of CAs that the mesh trusts beside the one that signs for us, PEM.
+    #[prost(string, repeated, tag = "34")]
+    pub(super) ca_certificates_pem: Vec<String>,
 }
 
 /// `istio.networking.nds.v1.NameTable`.

@@ -30,7 +30,7 @@ mod rbac;
 mod robustness;
 mod route;
 mod route_action;
-mod secret;
+pub(crate) mod secret;
 mod tls;
 mod tracing;
 mod value;
@@ -43,7 +43,7 @@ use bytes::Bytes;
 use prost::Message;
 
 use self::context::{Fault, Read, Reader, type_name};
-pub use self::messages::{Any, DiscoveryResponse};
+pub use self::messages::{Any, DiscoveryRequest, DiscoveryResponse, Status};
 pub use self::secret::{Material, Secret};
 pub(crate) use self::value::duration_text;
 #[cfg(doc)]
@@ -202,7 +202,18 @@ pub fn names(any: &Any) -> Result<Resource<BTreeMap<Name, NameInfo>>, Reject> {
     reader.close(result)
 }
 
-/// Reads key material that came over the stream (`kubernetes://…`).
+/// Reads the settings of a running proxy (PCDS): the certificates of further CAs that the mesh trusts, PEM, each as it was
+/// said.
+///
+/// # Errors
+/// A [`Reject`] when the message is malformed.
+pub fn proxy_config(any: &Any) -> Result<Resource<Vec<String>>, Reject> {
+    let mut reader = Reader { resource: "ProxyConfig".to_owned(), ..Reader::default() };
+    let result = reader.open::<messages::ProxyConfig>(&any.value).map(|said| said.ca_certificates_pem);
+    reader.close(result)
+}
+
+/// Reads key material, of a control plane's stream (`kubernetes://…`) or of a socket on this machine.
 ///
 /// # Errors
 /// A [`Reject`] when it is malformed or of a kind that is not used.
