@@ -13,9 +13,10 @@ use istio_proxy::proxy::Node;
 use istio_proxy::telemetry::{LogOptions, Logs, NodeLabels, Telemetry};
 use istio_proxy::worker::{self, Workers};
 use istio_proxy::xds::{self, Ask, DeltaDiscoveryResponse, HEALTH, Health, Kind, Options, Request};
-use proxy_config::WhoAmI;
 use proxy_config::bootstrap::Roots;
 use proxy_config::model::Endpoints;
+use proxy_config::xds::{Material, Secret};
+use proxy_config::{WhoAmI, sds};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{mpsc, watch};
@@ -69,7 +70,13 @@ async fn proxy(planes: &[&Istiod]) -> Proxy {
     let (health, reports) = watch::channel(None);
     let telemetry = Telemetry::new(NodeLabels::default());
     let settings = xds::Settings {
-        options: Options { delta: true, node: Bytes::from_static(b"\x0a\x04node"), names: true },
+        options: Options {
+            delta: true,
+            node: Bytes::from_static(b"\x0a\x04node"),
+            names: true,
+            proxy_config: false,
+            checks: control::CHECKS,
+        },
         servers: planes.iter().enumerate().map(server).collect(),
         credentials: Credentials { token: Some(token), headers },
     };
@@ -93,6 +100,7 @@ async fn proxy(planes: &[&Istiod]) -> Proxy {
         telemetry,
         logs,
         connections: usize::MAX,
+        refuse_above: None,
     };
     let mut workers = Workers::start(2, &settings).expect("threads");
     let (asked, asks_of_ours) = mpsc::channel(1);
@@ -172,8 +180,13 @@ fn mesh(ads: &ads::Ads, app: SocketAddr, http: SocketAddr, tcp: SocketAddr) {
 }
 
 async fn get(address: SocketAddr) -> String {
+    get_path(address, "/").await
+}
+
+async fn get_path(address: SocketAddr, path: &str) -> String {
     let mut tcp = TcpStream::connect(address).await.expect("a listener");
-    tcp.write_all(b"GET / HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n").await.expect("sent");
+    let request = format!("GET {path} HTTP/1.1\r\nhost: a\r\nconnection: close\r\n\r\n");
+    tcp.write_all(request.as_bytes()).await.expect("sent");
     let mut answer = String::new();
     timeout(LIMIT, tcp.read_to_string(&mut answer)).await.expect("in time").expect("an answer");
     answer
@@ -219,6 +232,101 @@ async fn a_bad_listener_is_refused_by_name_and_the_old_one_serves() {
     let published = proxy.serves(|p| !p.rejects.is_empty()).await;
     assert!(published.received.get(Kind::Listener, "http").expect("held").refused.is_some());
     assert!(get(http).await.starts_with("HTTP/1.1 200"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_policy_that_could_not_be_enforced_is_refused_and_the_old_one_is_in_force() {
+    let (istiod, ads) = plane().await;
+    let (http, tcp) = (free().await, free().await);
+    mesh(&ads, echo().await, http, tcp);
+    let with = |path: &str| resources::http_listener("http", http, "80", vec![resources::policy(path)]);
+    ads.set(Kind::Listener, "http", with("/secret.*"));
+    let mut proxy = proxy(&[&istiod]).await;
+    proxy.serves(|p| p.version > 0).await;
+    assert!(get_path(http, "/secret").await.starts_with("HTTP/1.1 403"));
+    ads.set(Kind::Listener, "http", with("/(public"));
+    ads.push(Kind::Listener);
+    let heard = ads.hears(|heard| heard.request.error().is_some()).await;
+    let said = &heard.request.error().expect("a refusal").message;
+    assert!(said.contains("Listener http: filter_chains[].rbac: paths: "), "{said}");
+    let told = proxy.serves(|p| !p.rejects.is_empty()).await;
+    assert!(told.unready(0).is_empty(), "what is served is whole: {:?}", told.unready(0));
+    assert!(get_path(http, "/secret").await.starts_with("HTTP/1.1 403"));
+    assert!(get_path(http, "/public").await.starts_with("HTTP/1.1 200"));
+    // Where nothing was before, nothing is served in its place.
+    let other = free().await;
+    ads.set(Kind::Listener, "new", resources::http_listener("new", other, "80", vec![resources::policy("(")]));
+    ads.set(Kind::Listener, "http", with("/public.*"));
+    ads.push(Kind::Listener);
+    let now =
+        proxy.serves(|p| p.version > told.version && p.rejects.iter().all(|r| r.resource == "Listener new")).await;
+    assert!(now.snapshot.listener("new").is_none() && TcpStream::connect(other).await.is_err());
+    assert!(get_path(http, "/public").await.starts_with("HTTP/1.1 403"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn key_material_of_the_stream_serves_both_sides_is_renewed_and_never_lost() {
+    let (istiod, ads) = plane().await;
+    let (out, inside) = (free().await, free().await);
+    // One proxy calls itself: out → cluster over TLS → listener behind TLS → application.
+    let (own, client, roots) = ("kubernetes://shop", "kubernetes://shop-client", "kubernetes://shop-cacert");
+    ads.set(Kind::Cluster, "app", resources::eds_cluster("app", 5));
+    ads.set(Kind::Endpoints, "app", resources::assignment("app", &[echo().await]));
+    ads.set(Kind::Cluster, "shop", resources::over_tls(resources::eds_cluster("shop", 5), client, roots));
+    ads.set(Kind::Endpoints, "shop", resources::assignment("shop", &[inside]));
+    ads.set(Kind::Listener, "out", resources::tcp_listener("out", out, "shop"));
+    ads.set(Kind::Listener, "in", resources::with_tls(resources::tcp_listener("in", inside, "app"), own, roots));
+    ads.set(Kind::Names, "", resources::no_names());
+    let ca = istiod::Ca::new("shop").expect("a CA");
+    let pair = |account: &str| {
+        let (now, hour) = (time::OffsetDateTime::now_utc(), time::Duration::hours(1));
+        let id = format!("spiffe://cluster.local/ns/shop/sa/{account}");
+        let (chain, key) = ca.issue(&id, now - hour, now + hour).expect("signed");
+        Material::Certificate { chain: chain.into(), key: key.into() }
+    };
+    let put = |name: &str, material: Material| {
+        ads.set(Kind::Secret, name, sds::write(&Secret { name: name.into(), material }));
+        ads.push_some(Kind::Secret, &[name]);
+    };
+    let mut proxy = proxy(&[&istiod]).await;
+    for name in [client, own, roots] {
+        let asks = |request: &Request| matches!(request, Request::Delta(r) if r.resource_names_subscribe.iter().any(|asked| asked == name));
+        let heard = ads.hears(|heard| asks(&heard.request)).await;
+        assert_eq!(heard.request.type_url(), Kind::Secret.url());
+    }
+    // Without secrets nobody gets through, and that is no fault that istiod hears of.
+    proxy.serves(|p| p.version > 0).await;
+    assert!(!echoes(out).await);
+    put(roots, Material::Roots { pem: ca.root().into(), revoked: None });
+    put(client, pair("client"));
+    put(own, pair("server"));
+    let first = proxy.serves(|p| p.snapshot.secrets().identity(own).is_some() && p.unready(0).is_empty()).await;
+    assert!(echoes(out).await);
+    assert!(ads.heard.all().iter().all(|heard| heard.request.error().is_none()));
+    // Garbage is refused by name and changes nothing.
+    put(own, Material::Certificate { chain: "garbage".into(), key: "garbage".into() });
+    let heard = ads.hears(|heard| heard.request.error().is_some()).await;
+    let said = &heard.request.error().expect("a refusal").message;
+    assert!(said.contains("Secret kubernetes://shop: tls_certificate: "), "{said}");
+    assert!(echoes(out).await);
+    // A renewal is what new connections meet.
+    put(own, pair("renewed"));
+    let serial = |p: &Published| p.snapshot.secrets().identity(own).map(|i| i.info[0].serial.clone());
+    let old = serial(&first);
+    proxy.serves(|p| serial(p) != old).await;
+    assert!(echoes(out).await);
+}
+
+/// Whether bytes come back through a TCP listener.
+async fn echoes(at: SocketAddr) -> bool {
+    let exchange = async {
+        let mut tcp = TcpStream::connect(at).await?;
+        tcp.write_all(b"hello").await?;
+        let mut back = [0; 5];
+        tcp.read_exact(&mut back).await?;
+        Ok::<_, std::io::Error>(&back == b"hello")
+    };
+    timeout(LIMIT, exchange).await.expect("in time").unwrap_or(false)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -273,7 +381,7 @@ async fn broken_streams_are_taken_up_again_with_what_is_held_and_the_health_at_o
         assert!(get(http).await.starts_with("HTTP/1.1 200"));
     }
     let version = proxy.published.borrow().version;
-    proxy.asks.send(Ask::Reconnect).await.expect("somebody listens");
+    ads.end(None);
     ads.hears(on(5)).await;
     assert_eq!(proxy.published.borrow().version, version, "nothing was new on any of them");
 }

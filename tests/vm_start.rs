@@ -1,8 +1,6 @@
 //! The real binary as a VM under istiod: started with the variables and files of a bundle, as the unchanged start script
 //! starts it. Everything is on loopback.
 
-#[path = "support/discovery.rs"]
-mod discovery;
 mod support;
 
 use std::io::{Read, Write};
@@ -11,9 +9,11 @@ use std::path::Path;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
-use bench_harness::istiod::{Istiod, Setup};
-use discovery::{Discovery, HEALTH, SERVICE, forward};
+use bench_harness::istiod::ads::{self, Ads};
+use bench_harness::istiod::{Answer, Istiod, Setup, resources};
+use istio_proxy::xds::{DeltaDiscoveryRequest, HEALTH, Kind, Request};
 use prost::Message;
 use support::{BINARY, LIMIT, Proxy, free_ports, http};
 
@@ -138,38 +138,59 @@ struct Node {
     user_agent: String,
 }
 
+/// A control plane whose one listener hands connections to the application.
+async fn plane(front: SocketAddr, app: SocketAddr) -> (Istiod, Arc<Ads>) {
+    let ads = Arc::new(Ads::default());
+    ads.set(Kind::Cluster, "app", resources::eds_cluster("app", 1));
+    ads.set(Kind::Endpoints, "app", resources::assignment("app", &[app]));
+    ads.set(Kind::Listener, "front", resources::tcp_listener("front", front, "app"));
+    let services = vec![(ads::SERVICE, Arc::clone(&ads) as _)];
+    let istiod = Istiod::start(Setup { services, ..Setup::default() }).await.expect("a control plane");
+    (istiod, ads)
+}
+
+/// The binary as the start script starts it.
+fn start(folder: &Path, istiod: &Istiod, ready: u16) -> Proxy {
+    let mut command = Command::new(BINARY);
+    command.args(["proxy", "sidecar", "--proxyLogLevel=warning", "--log_output_level=default:info"]);
+    command.args(["--admin-port", "0", "--metrics-port", "0", "--concurrency", "1"]);
+    command.args(["--status-port", &ready.to_string()]);
+    command.current_dir(folder).env_clear().envs(environment(istiod.address()));
+    Proxy::spawn(command)
+}
+
+fn delta(request: &Request) -> DeltaDiscoveryRequest {
+    match request {
+        Request::Delta(request) => request.clone(),
+        Request::Sotw(_) => panic!("a delta stream"),
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_registers_reports_its_health_and_serves_without_istiod() {
     let app = App::start();
     let [front, ready] = free_ports();
     let front: SocketAddr = ([127, 0, 0, 1], front).into();
-    let discovery = Discovery::new(forward(front, app.echo));
-    let istiod = Istiod::start(Setup { services: vec![(SERVICE, Arc::clone(&discovery) as _)], ..Setup::default() });
-    let istiod = istiod.await.expect("a control plane");
+    let (istiod, ads) = plane(front, app.echo).await;
     let folder = tempfile::tempdir().expect("a folder");
     lay_out(folder.path(), &istiod, app.health);
 
-    let mut command = Command::new(BINARY);
-    command.args(["proxy", "sidecar", "--proxyLogLevel=warning", "--log_output_level=default:info"]);
-    command.args(["--admin-port", "0", "--metrics-port", "0", "--concurrency", "1"]);
-    command.args(["--status-port", &ready.to_string()]);
-    command.current_dir(folder.path()).env_clear().envs(environment(istiod.address()));
-    let mut proxy = Proxy::spawn(command);
+    let mut proxy = start(folder.path(), &istiod, ready);
 
     // Who it is, and by what it is known.
-    let first = discovery.until("the first request", |_| true).await;
-    let node = Node::decode(first.request.node.expect("a node with the first message")).expect("a Node");
+    let first = ads.hears(|_| true).await;
+    let node = Node::decode(delta(&first.request).node.expect("a node with the first message")).expect("a Node");
     assert_eq!(node.id, "sidecar~127.0.0.1~vm-1.payments~payments.svc.cluster.local");
     assert_eq!((&*node.cluster, &*node.user_agent), ("pay.payments", "envoy"));
-    assert_eq!(first.authorization, format!("Bearer {TOKEN}"));
+    assert_eq!(first.metadata["authorization"], format!("Bearer {TOKEN}"));
     let asked = istiod.ca.calls().reach(1).await;
     assert_eq!(asked[0].metadata.get("authorization").expect("a token"), &format!("Bearer {TOKEN}"));
 
     // The application is healthy, and only then is it told, after the first request for listeners.
     proxy.wait_for_line("the application is healthy");
-    let healthy = discovery.until("a report", |asked| asked.request.type_url == HEALTH).await;
-    assert_eq!((healthy.stream, healthy.request.error_detail), (1, None));
-    assert!(healthy.request.node.is_none() && healthy.request.response_nonce.is_empty());
+    let healthy = ads.hears(|heard| heard.request.type_url() == HEALTH).await;
+    assert_eq!((healthy.stream, healthy.request.error()), (1, None));
+    assert!(delta(&healthy.request).node.is_none() && healthy.request.nonce().is_empty());
     assert!(folder.path().join("etc/certs/cert-chain.pem").exists(), "a VM that is ready has its certificate on disk");
     let answer =
         http(([127, 0, 0, 1], ready).into(), "GET /healthz/ready HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n");
@@ -179,22 +200,50 @@ async fn a_vm_registers_reports_its_health_and_serves_without_istiod() {
     // A new stream hears of it at once, and this time a certificate vouches for it.
     istiod.server.hang_up();
     proxy.wait_for_line(ALONE);
-    let again =
-        discovery.until("a report on the next stream", |asked| asked.stream > 1 && asked.request.type_url == HEALTH);
-    let again = again.await;
-    assert_eq!(again.request.error_detail, None);
+    let again = ads.hears(|heard| heard.stream > 1 && heard.request.type_url() == HEALTH).await;
+    assert_eq!(again.request.error(), None);
     assert!(again.certified);
 
     // The application falls ill: told once, with the reason.
     app.well.store(false, Ordering::Relaxed);
-    let ill = discovery.until("bad news", |asked| asked.request.error_detail.is_some()).await;
-    let why = ill.request.error_detail.expect("a reason");
+    let ill = ads.hears(|heard| heard.request.error().is_some()).await;
+    let why = ill.request.error().expect("a reason");
     assert_eq!((why.code, &*why.message), (13, "status code was not from [200,400), bad code 503"));
 
     // Without istiod everything goes on.
     drop(istiod);
     proxy.wait_for_line(ALONE);
     assert!(echoes(front), "traffic without a control plane");
+    proxy.signal("TERM");
+    assert_eq!(proxy.wait(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn renewals_leave_the_stream_alone_and_the_next_one_shows_the_newest() {
+    let app = App::start();
+    let [front, ready] = free_ports();
+    let front: SocketAddr = ([127, 0, 0, 1], front).into();
+    let (istiod, ads) = plane(front, app.echo).await;
+    // Renewed after a second, expired after two.
+    istiod.ca.then([Duration::from_secs(2); 3].map(Answer::SignFor));
+    let folder = tempfile::tempdir().expect("a folder");
+    lay_out(folder.path(), &istiod, app.health);
+    let mut proxy = start(folder.path(), &istiod, ready);
+    for _ in 0..4 {
+        // Logged when it is on disk.
+        proxy.wait_for_line("workload certificate until");
+    }
+    // The stream that was opened with a token, or with a certificate that has expired since, brings news.
+    ads.remove(Kind::Listener, "front");
+    ads.set(Kind::Listener, "back", resources::tcp_listener("back", front, "app"));
+    ads.push(Kind::Listener);
+    let answers =
+        |heard: &&ads::Heard| heard.request.type_url() == Kind::Listener.url() && !heard.request.nonce().is_empty();
+    ads.hears(|heard| heard.stream == 1 && answers(&heard)).await;
+    assert_eq!(ads.opened.len(), 1);
+    istiod.server.hang_up();
+    let again = ads.hears(|heard| heard.stream == 2).await;
+    assert!(again.certified);
     proxy.signal("TERM");
     assert_eq!(proxy.wait(), 0);
 }

@@ -9,7 +9,7 @@ use proxy_config::bootstrap::{Bootstrap, Identity};
 use serde::Deserialize;
 use tokio::sync::watch;
 
-use crate::control::{Certs, Control, Input, Settings};
+use crate::control::{self, Certs, Control, Input, Settings};
 use crate::identity;
 use crate::probe::{self, Probe};
 use crate::xds::{self, Health};
@@ -27,15 +27,18 @@ const LAST_GOOD: &str = "last-good";
 pub(super) fn begin(agent: &Bootstrap) -> Result<(Control, Option<Reports>)> {
     let (sender, health) = watch::channel(None);
     let reports = Reports::of(agent, sender)?;
-    let stream = xds::start(xds::Settings::of(agent), health);
+    let stream = xds::start(xds::Settings::of(agent, control::CHECKS), health);
     let node = Bytes::from(agent.node.encode());
+    let anchors = agent.pushed_proxy_config.then(|| stream.anchors.clone());
     let revoked = Some(REVOKED.into());
     let certs = match (&agent.identity, identity::Settings::of(agent, node)) {
         (Identity::Files(files), _) => {
             identity::serve_mounted(agent.identity_socket.clone(), files.clone());
             Certs::Mounted { files: files.clone(), revoked }
         }
-        (_, Some(settings)) => Certs::Issued { news: identity::start(settings), revoked },
+        (_, Some(settings)) => {
+            Certs::Issued { news: identity::start(identity::Settings { anchors, ..settings }), revoked }
+        }
         (_, None) => Certs::None,
     };
     let settings = Settings {

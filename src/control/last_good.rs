@@ -1,11 +1,11 @@
 //! The last good configuration, on disk: what was served last is served again when no control plane answers at start-up.
 //!
-//! One file holds everything that was accepted (as received), certificates with their keys, roots, and fetched token
-//! keys. It is written whole, beside its place, and renamed; mode 0600. What is damaged, of another version, of another
+//! One file holds everything that was accepted (as received), certificates with their keys, roots (those of each trust
+//! domain too) with revocation lists, and fetched token keys. It is written whole, beside its place, and renamed; mode 0600. What is damaged, of another version, of another
 //! proxy or too old is refused, and says why.
 //!
 //! ```text
-//! istio-proxy last good 1
+//! istio-proxy last good 2
 //! <SHA-256 of the rest, hex>
 //! <protobuf>
 //! ```
@@ -28,7 +28,7 @@ use crate::tls::{Identity, Roots, Secrets, hex, hex_sha256};
 use crate::xds::Kind;
 
 /// First line of the file: what it is, and its version. Another version is another line.
-const HEADER: &[u8] = b"istio-proxy last good 1\n";
+const HEADER: &[u8] = b"istio-proxy last good 2\n";
 /// Name of the file in its folder.
 const FILE: &str = "last-good";
 /// Older than this is not served: policies may have changed since.
@@ -83,8 +83,40 @@ struct SavedIdentity {
 struct SavedRoots {
     #[prost(string, tag = "1")]
     name: String,
+    /// For everybody; empty where each trust domain has its own.
     #[prost(string, tag = "2")]
     certificates: String,
+    #[prost(message, repeated, tag = "3")]
+    domains: Vec<SavedDomain>,
+    /// Revocation lists; empty: none.
+    #[prost(string, tag = "4")]
+    revoked: String,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct SavedDomain {
+    #[prost(string, tag = "1")]
+    name: String,
+    #[prost(string, tag = "2")]
+    certificates: String,
+}
+
+impl SavedRoots {
+    fn of(name: &str, roots: &Roots) -> Self {
+        let own = |(name, certificates): (&str, String)| SavedDomain { name: name.to_owned(), certificates };
+        let domains: Vec<SavedDomain> = roots.domains_pem().map(own).collect();
+        let certificates = if domains.is_empty() { roots.pem() } else { String::new() };
+        Self { name: name.to_owned(), certificates, domains, revoked: roots.revoked_pem() }
+    }
+
+    fn roots(&self) -> Result<Roots, String> {
+        let roots = if self.domains.is_empty() {
+            Roots::from_pem(self.certificates.as_bytes())?
+        } else {
+            Roots::of_domains(self.domains.iter().map(|d| (d.name.as_str(), d.certificates.as_bytes())))?
+        };
+        if self.revoked.is_empty() { Ok(roots) } else { roots.with_revoked(self.revoked.as_bytes()) }
+    }
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -165,7 +197,7 @@ fn read(bytes: &[u8], node: &str, now: SystemTime) -> Result<LastGood> {
         secrets = secrets.with_identity(&identity.name, read);
     }
     for roots in &saved.roots {
-        let read = Roots::from_pem(roots.certificates.as_bytes()).map_err(|e| anyhow!(e))?;
+        let read = roots.roots().map_err(|e| anyhow!("roots {}: {e}", roots.name))?;
         secrets = secrets.with_roots(&roots.name, read);
     }
     let response = DiscoveryResponse { resources: saved.resources, ..DiscoveryResponse::default() };
@@ -184,8 +216,8 @@ fn is_worth_it(published: &Published) -> bool {
 /// so that a large mesh is never in memory a second time.
 fn parts(published: &Published, keys: &Keys, node: &str, now: SystemTime) -> impl Iterator<Item = Vec<u8>> {
     let received = Arc::clone(&published.received);
-    // Secrets of the stream are among the secrets.
-    let kinds = Kind::ALL.into_iter().filter(|kind| *kind != Kind::Secret);
+    // Secrets of the stream are among the secrets, CAs that it names among the roots.
+    let kinds = Kind::ALL.into_iter().filter(|kind| !matches!(kind, Kind::Secret | Kind::ProxyConfig));
     let resources = kinds.flat_map(move |kind| {
         received.of(kind).into_values().filter_map(move |record| {
             let any = Any { type_url: kind.url().to_owned(), value: record.accepted?.bytes };
@@ -210,12 +242,7 @@ fn head(published: &Published, keys: &Keys, node: &str, now: SystemTime) -> Save
                 key: identity.key_pem(),
             })
             .collect(),
-        // Roots by domain and revocation lists are not kept: what needs them stays closed until they come again.
-        roots: secrets
-            .all_roots()
-            .filter(|(_, roots)| roots.is_plain())
-            .map(|(name, roots)| SavedRoots { name: name.to_owned(), certificates: roots.pem() })
-            .collect(),
+        roots: secrets.all_roots().map(|(name, roots)| SavedRoots::of(name, roots)).collect(),
         keys: keys
             .iter()
             .map(|(uri, cluster, keys)| SavedKeys {
@@ -361,6 +388,50 @@ mod tests {
         assert_eq!(back.keys, keys);
     }
 
+    /// A revocation list of a CA of its own, with nobody on it.
+    fn list() -> String {
+        let key = rcgen::KeyPair::generate().unwrap();
+        let mut ca = rcgen::CertificateParams::default();
+        ca.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Unconstrained);
+        ca.key_usages = vec![rcgen::KeyUsagePurpose::CrlSign];
+        let now = time::OffsetDateTime::now_utc();
+        let params = rcgen::CertificateRevocationListParams {
+            this_update: now,
+            next_update: now + time::Duration::hours(1),
+            crl_number: 1_u64.into(),
+            issuing_distribution_point: None,
+            revoked_certs: Vec::new(),
+            key_identifier_method: rcgen::KeyIdMethod::Sha256,
+        };
+        params.signed_by(&rcgen::Issuer::new(ca, key)).unwrap().pem().unwrap()
+    }
+
+    #[test]
+    fn roots_of_trust_domains_and_revocation_lists_come_back() {
+        let (one, two) = (crate::ca::Root::generate("one").unwrap().0, crate::ca::Root::generate("two").unwrap().0);
+        let (a, b) = (one.certificate().as_bytes(), two.certificate().as_bytes());
+        let apart = Roots::of_domains([("a.example", a), ("b.example", b)]).unwrap();
+        let revoking = Roots::from_pem(a).unwrap().with_revoked(list().as_bytes()).unwrap();
+        let before = published();
+        let both = before.snapshot.secrets().with_roots("ROOTCA", apart).with_roots("kubernetes://x-cacert", revoking);
+        let (snapshot, _) = snapshot::compile(None, &Model::default(), &both);
+        let published = Published { snapshot: Arc::new(snapshot), ..before };
+        let now = SystemTime::now();
+        let back = read(&encode(&published, &Keys::new(), NODE, now).unwrap(), NODE, now).unwrap().secrets;
+        assert_eq!(back, both);
+        let swapped = Roots::of_domains([("a.example", b), ("b.example", a)]).unwrap();
+        assert_ne!(back, both.with_roots("ROOTCA", swapped), "which root is whose is kept");
+        let id = |root: &crate::ca::Root, domain: &str| {
+            let id = format!("spiffe://{domain}/ns/a/sa/b").parse().unwrap();
+            let (chain, key) = root.sign(&id, Duration::from_secs(3600)).unwrap();
+            Identity::from_pem(chain.as_bytes(), key.as_bytes()).unwrap()
+        };
+        let kept = back.roots("ROOTCA").unwrap();
+        assert!(id(&one, "a.example").leads_to(kept, 0).is_ok() && id(&two, "a.example").leads_to(kept, 0).is_err());
+        let lists = back.roots("kubernetes://x-cacert").unwrap();
+        assert!(id(&one, "a.example").leads_to(lists, 0).is_err(), "its CA has no list: nobody of it gets in");
+    }
+
     #[test]
     fn what_is_damaged_foreign_or_old_is_refused() {
         let now = SystemTime::now();
@@ -374,7 +445,10 @@ mod tests {
             assert!(error(&broken, NODE, now).contains("checksum"), "byte {at}");
         }
         assert!(error(&good[..good.len() - 1], NODE, now).contains("checksum"));
-        assert!(error(b"istio-proxy last good 2\n", NODE, now).contains("version"));
+        for another in [&b"istio-proxy last good 1\n"[..], b"istio-proxy last good 3\n"] {
+            let other = [another, &good[HEADER.len()..]].concat();
+            assert!(error(&other, NODE, now).contains("version"));
+        }
         assert!(error(&good, "sidecar~10.0.0.2~w.a~d", now).contains("another proxy"));
         assert!(error(&good, NODE, now + MAX_AGE + Duration::from_secs(90_000)).contains("too old"));
         assert!(load(Path::new("/nowhere"), NODE, now).unwrap().is_none());

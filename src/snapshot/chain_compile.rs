@@ -12,8 +12,8 @@ use super::cluster::{Ids, WeightedClusters};
 use super::compile::{Sink, missing_secret};
 use super::logs::access_logs;
 use super::{
-    AlpnRewrite, Chain, Filter, HttpChain, HttpFilter, HttpOptions, Jwt, KeyBell, Name, PeerMetadata, Rbac, TcpChain,
-    TcpExchange, Terminal, route_compile,
+    AlpnRewrite, ByName, Chain, Filter, HttpChain, HttpFilter, HttpOptions, Jwt, KeyBell, Name, PeerMetadata, Rbac,
+    TcpChain, TcpExchange, Terminal, route_compile,
 };
 use crate::telemetry::{AccessLogs, Stats, Tracer};
 use crate::tls::{Secrets, ServerTls};
@@ -71,6 +71,32 @@ pub(super) fn renewed(
 /// Names a chain for its session tickets: names repeat inside a listener, matches do not.
 fn key(listener: &model::Listener, said: &model::FilterChain) -> String {
     format!("{}/{} {:?}", listener.name, said.name, said.matches)
+}
+
+/// Compiles what guards, for its faults alone.
+pub(super) fn guards(said: &[NetworkFilter], sink: &mut Sink<'_>) {
+    for filter in said {
+        match filter {
+            NetworkFilter::Rbac(rbac) => drop(guard(sink, |build| build.rbac(rbac))),
+            NetworkFilter::Http(manager) => manager.filters.iter().for_each(|filter| http_guard(filter, sink)),
+            _ => {}
+        }
+    }
+}
+
+/// The same of an HTTP filter.
+pub(super) fn http_guard(said: &model::HttpFilter, sink: &mut Sink<'_>) {
+    match said {
+        model::HttpFilter::Rbac(rbac) => drop(guard(sink, |build| build.rbac(rbac))),
+        model::HttpFilter::JwtAuthn(jwt) => drop(guard(sink, |build| build.jwt(jwt))),
+        _ => {}
+    }
+}
+
+/// Guards name no clusters, and nobody waits for the keys of one that is thrown away.
+fn guard<T>(sink: &mut Sink<'_>, compile: impl FnOnce(&mut Build<'_, '_>) -> T) -> T {
+    let (none, bell) = (ByName::default(), Arc::default());
+    compile(&mut Build { ids: &Ids(&none), bell: &bell, closed: Vec::new(), sink })
 }
 
 struct Build<'a, 's> {

@@ -16,6 +16,7 @@ mod action_compile;
 mod chain;
 mod chain_compile;
 mod chain_match;
+pub mod check;
 mod cluster;
 mod clusters;
 mod compile;

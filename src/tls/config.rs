@@ -72,6 +72,26 @@ impl ServerTls {
         Ok(Self(inner))
     }
 
+    /// What is wrong with a chain's context whatever secrets there are.
+    ///
+    /// # Errors
+    /// Names it.
+    pub fn check(said: &DownstreamTls) -> Result<(), String> {
+        check(&said.common)?;
+        if said.common.certificates.is_empty() {
+            return Err("a server needs a certificate and none is named".to_owned());
+        }
+        match &said.common.validation {
+            None if said.require_client_certificate => {
+                Err("client certificates are required and nothing says how to check them".to_owned())
+            }
+            Some(validation) if validation.roots.is_none() && !validation.accept_untrusted => {
+                Err("client certificates cannot be checked without roots".to_owned())
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// The configuration that answers this list of offered protocols: the first of ours that the client offers, else
     /// one that selects nothing.
     pub(super) fn for_offer<'a>(&self, offered: impl Iterator<Item = &'a [u8]>) -> Arc<ServerConfig> {
@@ -93,8 +113,9 @@ impl ServerTls {
 
 impl ServerInner {
     fn build(said: &DownstreamTls, secrets: &Secrets) -> Result<Self, String> {
+        ServerTls::check(said)?;
         let (provider, versions) = provider(&said.common)?;
-        let identity = identity(&said.common, secrets)?.ok_or("a server needs a certificate and none is named")?;
+        let identity = identity(&said.common, secrets)?.expect("a certificate is named");
         let verifier = server_verifier(said, secrets, &provider)?;
         let builder = ServerConfig::builder_with_provider(Arc::new(provider))
             .with_protocol_versions(&versions)
@@ -123,6 +144,14 @@ impl ClientTls {
         let key = format!("{said:?} {}", material(&said.common, secrets));
         let inner = cached(&secrets.contexts().clients, &key, || ClientInner::build(said, secrets))?;
         Ok(Self(inner))
+    }
+
+    /// What is wrong with a cluster's context whatever secrets there are.
+    ///
+    /// # Errors
+    /// Names it.
+    pub fn check(said: &CommonTls) -> Result<(), String> {
+        check(said)
     }
 
     /// For a server outside the mesh's data plane, as istiod: its certificate leads to `roots` and carries `name` (DNS or
@@ -287,19 +316,19 @@ fn identity<'s>(common: &CommonTls, secrets: &'s Secrets) -> Result<Option<&'s I
     found.map(|identity| Some(&**identity)).ok_or_else(|| format!("secret {} is missing", common.certificates[0]))
 }
 
+fn check(common: &CommonTls) -> Result<(), String> {
+    provider(common)?;
+    let names = common.validation.iter().flat_map(|validation| &validation.san);
+    names.map(NameRule::compile).try_for_each(|rule| rule.map(drop))
+}
+
 fn server_verifier(
     said: &DownstreamTls,
     secrets: &Secrets,
     provider: &CryptoProvider,
 ) -> Result<Option<Arc<PeerVerifier>>, String> {
-    let Some(validation) = &said.common.validation else {
-        let missing = "client certificates are required and nothing says how to check them";
-        return if said.require_client_certificate { Err(missing.to_owned()) } else { Ok(None) };
-    };
+    let Some(validation) = &said.common.validation else { return Ok(None) };
     let mut verifier = verifier(validation, secrets, provider)?;
-    if verifier.roots.is_none() && !validation.accept_untrusted {
-        return Err("client certificates cannot be checked without roots".to_owned());
-    }
     verifier.mandatory = said.require_client_certificate;
     let anchors = verifier.roots.iter().flat_map(|roots| &roots.anchors);
     verifier.hints = anchors.map(|anchor| DistinguishedName::in_sequence(&anchor.subject)).collect();

@@ -19,6 +19,7 @@ use bytes::Bytes;
 use proxy_config::{Name, Reject};
 use tokio::time::Instant;
 
+use super::check::Checks;
 use super::kind::{KINDS, Kind};
 use super::messages::{DeltaDiscoveryRequest, DiscoveryRequest, Request, Response};
 use super::received::Received;
@@ -41,6 +42,10 @@ pub struct Options {
     pub node: Bytes,
     /// Whether the mesh's names are wanted: where DNS is captured.
     pub names: bool,
+    /// Whether the proxy's own settings are wanted (`PROXY_CONFIG_XDS_AGENT`): further CAs that the mesh trusts.
+    pub proxy_config: bool,
+    /// What could not be enforced is refused.
+    pub checks: Checks,
 }
 
 /// Health of the application, as istiod is to hear of it.
@@ -104,9 +109,9 @@ impl Ads {
     /// Nothing yet.
     pub fn new(options: Options) -> Self {
         Self {
+            store: Store::new(options.checks),
             options,
             watches: Default::default(),
-            store: Store::default(),
             warm: Warm::default(),
             health: None,
             connected: false,
@@ -210,7 +215,7 @@ impl Ads {
         let batch = Batch::of(kind, response, self.watch(kind).complete);
         let watch = &mut self.watches[kind.index()];
         (watch.answered, watch.complete, watch.open_since) = (true, false, None);
-        if kind == Kind::Names && batch.resources.is_empty() {
+        if kind.is_single() && batch.resources.is_empty() {
             return step;
         }
         let names = self.take_in(kind, &batch, wall, &mut step);
@@ -262,6 +267,11 @@ impl Ads {
         }
         step.changed |= !changed.is_empty() || !step.refused.is_empty();
         changed
+    }
+
+    /// Further CAs that the mesh trusts, PEM; empty: none were said.
+    pub fn anchors(&self) -> Vec<String> {
+        self.store.anchors.get("").map(|said| said.to_vec()).unwrap_or_default()
     }
 
     /// Accepts or refuses a response.
@@ -338,6 +348,9 @@ impl Ads {
         if self.options.names {
             self.sync(Kind::Names, send, now);
         }
+        if self.options.proxy_config {
+            self.sync(Kind::ProxyConfig, send, now);
+        }
         self.report_due(send);
         for kind in [Kind::Routes, Kind::Extension, Kind::Secret] {
             self.sync(kind, send, now);
@@ -376,8 +389,8 @@ impl Ads {
         let remove: BTreeSet<Name> = watch.told.difference(&watch.wanted).cloned().collect();
         if self.options.delta {
             if first {
-                // The name table is asked for anew, as the agent does it.
-                let held = if kind == Kind::Names { Vec::new() } else { self.store.held(kind) };
+                // What has no name is asked for anew, as the agent does it.
+                let held = if kind.is_single() { Vec::new() } else { self.store.held(kind) };
                 let (requests, incomplete) = wire::opening(kind, self.node(), &add, &held);
                 send.extend(requests);
                 self.watches[kind.index()].complete = incomplete && kind.is_wildcard();

@@ -4,7 +4,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::SystemTime;
 
 use bench_harness::istiod::resources;
-pub(super) use bench_harness::istiod::resources::{cors_extension, discovered, eds_cluster, no_names, unknown_guard};
+pub(super) use bench_harness::istiod::resources::{
+    cors_extension, discovered, eds_cluster, no_names, policy, trusting, unknown_guard, with_old_tls, with_tls,
+};
 use proxy_config::xds::Any;
 use tokio::time::Instant;
 

@@ -12,6 +12,8 @@ pub enum Kind {
     Listener,
     /// NDS.
     Names,
+    /// PCDS: settings of the proxy itself.
+    ProxyConfig,
     /// RDS.
     Routes,
     /// ECDS.
@@ -21,12 +23,20 @@ pub enum Kind {
 }
 
 /// Number of kinds.
-pub(super) const KINDS: usize = 7;
+pub(super) const KINDS: usize = 8;
 
 impl Kind {
     /// All, in the order above.
-    pub const ALL: [Self; KINDS] =
-        [Self::Cluster, Self::Endpoints, Self::Listener, Self::Names, Self::Routes, Self::Extension, Self::Secret];
+    pub const ALL: [Self; KINDS] = [
+        Self::Cluster,
+        Self::Endpoints,
+        Self::Listener,
+        Self::Names,
+        Self::ProxyConfig,
+        Self::Routes,
+        Self::Extension,
+        Self::Secret,
+    ];
 
     /// Type URL.
     pub fn url(self) -> &'static str {
@@ -35,6 +45,7 @@ impl Kind {
             Self::Endpoints => "type.googleapis.com/envoy.config.endpoint.v3.ClusterLoadAssignment",
             Self::Listener => "type.googleapis.com/envoy.config.listener.v3.Listener",
             Self::Names => "type.googleapis.com/istio.networking.nds.v1.NameTable",
+            Self::ProxyConfig => "type.googleapis.com/istio.mesh.v1alpha1.ProxyConfig",
             Self::Routes => "type.googleapis.com/envoy.config.route.v3.RouteConfiguration",
             Self::Extension => "type.googleapis.com/envoy.config.core.v3.TypedExtensionConfig",
             Self::Secret => "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret",
@@ -48,7 +59,12 @@ impl Kind {
 
     /// Whether all of them are asked for, without names.
     pub fn is_wildcard(self) -> bool {
-        matches!(self, Self::Cluster | Self::Listener | Self::Names)
+        matches!(self, Self::Cluster | Self::Listener) || self.is_single()
+    }
+
+    /// Whether there is one of it, without a name.
+    pub(super) fn is_single(self) -> bool {
+        matches!(self, Self::Names | Self::ProxyConfig)
     }
 
     /// How Envoy begins the text of a refusal, which operators know.
@@ -61,6 +77,7 @@ impl Kind {
             Self::Extension => "Error adding/updating extension(s)",
             Self::Secret => "Error adding/updating secret(s)",
             Self::Names => "Error updating the name table",
+            Self::ProxyConfig => "Error updating the proxy configuration",
         }
     }
 

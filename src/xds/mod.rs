@@ -4,6 +4,7 @@
 //! about traffic: what they give out is a model, whole and warm, that `control` compiles and publishes.
 
 mod ads;
+mod check;
 mod codec;
 #[cfg(test)]
 mod fixture;
@@ -20,6 +21,7 @@ mod warm;
 mod wire;
 
 pub use ads::{Ads, Health, Options, Step};
+pub use check::Checks;
 pub use kind::{HEALTH, Kind};
 pub use messages::{
     DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, Request, Resource, Response, Status,

@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use proxy_config::Name;
@@ -16,6 +16,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 
 use super::ads::{Ads, Health, Options, Step};
+use super::check::Checks;
 use super::codec::AdsCodec;
 use super::messages::{Request, Response};
 use super::pace::{Backoff, Debounce};
@@ -23,6 +24,7 @@ use super::received::Received;
 use super::warm::Update;
 use crate::grpc::{Channel, Credentials, Server};
 use crate::telemetry::control_plane::{self, Came};
+use crate::tls::unix_now;
 
 /// Longest wait for a connection, handshake included; the agent's.
 const DIAL: Duration = Duration::from_secs(5);
@@ -47,13 +49,19 @@ pub struct Settings {
 }
 
 impl Settings {
-    /// What the environment asks for.
-    pub fn of(bootstrap: &Bootstrap) -> Self {
+    /// What the environment asks for; what `checks` find is refused.
+    pub fn of(bootstrap: &Bootstrap, checks: Checks) -> Self {
         let node = Bytes::from(bootstrap.node.encode());
         Self {
             servers: vec![Server::from(&bootstrap.xds)],
             credentials: Credentials::from(&bootstrap.xds),
-            options: Options { delta: bootstrap.delta, node, names: bootstrap.dns.is_some() },
+            options: Options {
+                delta: bootstrap.delta,
+                node,
+                names: bootstrap.dns.is_some(),
+                proxy_config: bootstrap.pushed_proxy_config,
+                checks,
+            },
         }
     }
 }
@@ -76,6 +84,8 @@ pub struct Stream {
     pub news: watch::Receiver<News>,
     /// Everything as it came.
     pub received: Arc<Received>,
+    /// Further CAs that the mesh trusts, PEM, as they were said last.
+    pub anchors: watch::Receiver<Vec<String>>,
     /// For those who want something of it.
     pub asks: mpsc::Sender<Ask>,
 }
@@ -85,8 +95,6 @@ pub struct Stream {
 pub enum Ask {
     /// Endpoints of these clusters do not work: send them again.
     Resubscribe(Vec<Name>),
-    /// A new stream to the same server, with credentials read anew.
-    Reconnect,
     /// A new stream to the next server.
     ChangeServer,
 }
@@ -97,11 +105,21 @@ pub fn start(settings: Settings, health: watch::Receiver<Option<Health>>) -> Str
     let ads = Ads::new(settings.options.clone());
     let received = ads.bytes();
     let (sender, news) = watch::channel(News::default());
+    let (trusted, anchors) = watch::channel(Vec::new());
     let (asks, asked) = mpsc::channel(8);
-    let client =
-        Client { ads, settings, health, news: sender, asks: asked, debounce: Debounce::default(), turn: 0, pushes: 0 };
+    let client = Client {
+        ads,
+        settings,
+        health,
+        news: sender,
+        anchors: trusted,
+        asks: asked,
+        debounce: Debounce::default(),
+        turn: 0,
+        pushes: 0,
+    };
     tokio::spawn(client.run());
-    Stream { news, received, asks }
+    Stream { news, received, anchors, asks }
 }
 
 /// Speaks with a control plane.
@@ -110,6 +128,7 @@ struct Client {
     settings: Settings,
     health: watch::Receiver<Option<Health>>,
     news: watch::Sender<News>,
+    anchors: watch::Sender<Vec<String>>,
     asks: mpsc::Receiver<Ask>,
     debounce: Debounce,
     /// Which server and which of its addresses is next.
@@ -129,8 +148,8 @@ enum End {
     Silent,
     /// The server does not know the protocol.
     Unknown,
-    /// Somebody asked for another stream.
-    Asked(Ask),
+    /// Somebody asked for another server.
+    Unwanted,
     /// Nobody listens to us any more.
     Unheard,
 }
@@ -160,8 +179,7 @@ impl Client {
         let address = self.server().address.clone();
         let why = match end {
             End::Unheard => return false,
-            End::Asked(Ask::Reconnect | Ask::Resubscribe(_)) => return false,
-            End::Asked(Ask::ChangeServer) => {
+            End::Unwanted => {
                 self.turn += 1;
                 return false;
             }
@@ -229,7 +247,7 @@ impl Client {
                 }
                 Some(ask) = self.asks.recv() => match ask {
                     Ask::Resubscribe(names) => queue.extend(self.ads.resubscribe(&names)),
-                    ask => return End::Asked(ask),
+                    Ask::ChangeServer => return End::Unwanted,
                 },
                 () = self.news.closed() => return End::Unheard,
                 () = sleep_until(wake) => {
@@ -253,8 +271,7 @@ impl Client {
         send: &mpsc::Sender<Request>,
         queue: &mut VecDeque<Request>,
     ) -> Result<Streaming<Response>, End> {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs().cast_signed());
-        let mut endpoint = self.server().endpoint(now).map_err(End::Unreachable)?;
+        let mut endpoint = self.server().endpoint(unix_now()).map_err(End::Unreachable)?;
         endpoint.attempt = self.turn / self.settings.servers.len();
         let channel = Channel::connect(&endpoint, DIAL).await.map_err(|e| End::Unreachable(e.to_string()))?;
         let mut grpc = tonic::client::Grpc::new(channel).max_decoding_message_size(MAX_RESPONSE);
@@ -294,6 +311,8 @@ impl Client {
         if changed {
             self.debounce.changed(now);
         }
+        let anchors = self.ads.anchors();
+        self.anchors.send_if_modified(|old| std::mem::replace(old, anchors.clone()) != anchors);
         send
     }
 

@@ -13,6 +13,7 @@ use proxy_config::model::{Cluster, Endpoints, HttpFilter, Listener, NameInfo, Ro
 use proxy_config::xds::{self, Any, Extensions, Secret};
 use proxy_config::{Name, Reject, Severity};
 
+use super::check::{self, Checks, checked};
 use super::kind::Kind;
 use super::received::{Received, Refusal, Version};
 
@@ -62,8 +63,8 @@ pub(super) struct Push {
 }
 
 /// All of them.
-#[derive(Default)]
 pub(super) struct Store {
+    checks: Checks,
     pub(super) clusters: Table<Cluster>,
     pub(super) endpoints: Table<Endpoints>,
     pub(super) listeners: Table<Listener>,
@@ -71,6 +72,7 @@ pub(super) struct Store {
     pub(super) extensions: Table<(String, HttpFilter)>,
     pub(super) secrets: Table<Secret>,
     pub(super) names: Table<BTreeMap<Name, NameInfo>>,
+    pub(super) anchors: Table<Vec<String>>,
     pub(super) account: Account,
     pub(super) received: Arc<Received>,
     /// Filters by name, as the decoder of listeners wants them.
@@ -90,25 +92,50 @@ pub(super) struct Account {
 }
 
 impl Store {
+    /// Nothing yet.
+    pub(super) fn new(checks: Checks) -> Self {
+        Self {
+            checks,
+            clusters: Table::default(),
+            endpoints: Table::default(),
+            listeners: Table::default(),
+            routes: Table::default(),
+            extensions: Table::default(),
+            secrets: Table::default(),
+            names: Table::default(),
+            anchors: Table::default(),
+            account: Account::default(),
+            received: Arc::default(),
+            filters: Extensions::new(),
+        }
+    }
+
     /// Takes in a resource.
     pub(super) fn put(&mut self, kind: Kind, name: &Name, any: &Any, push: &Push) -> Verdict {
         if any.type_url != kind.url() {
             let reason = format!("a {} among resources of type {}", any.type_url, kind.url());
             return Verdict::Refused(reject(kind, name, reason));
         }
-        let account = &mut self.account;
+        let (account, checks) = (&mut self.account, self.checks);
         let verdict = match kind {
-            Kind::Cluster => self.clusters.put((kind, name), any, xds::cluster, |v| &v.name, account),
+            Kind::Cluster => {
+                let read = |any: &Any| checked(xds::cluster(any), checks.cluster);
+                self.clusters.put((kind, name), any, read, |v| &v.name, account)
+            }
             Kind::Endpoints => self.endpoints.put((kind, name), any, xds::endpoints, |v| &v.name, account),
             Kind::Listener => {
                 let filters = &self.filters;
-                let read = |any: &Any| xds::listener(any, filters);
+                let read = |any: &Any| checked(xds::listener(any, filters), checks.listener);
                 self.listeners.put((kind, name), any, read, |v| &v.name, account)
             }
             Kind::Names => self.names.put((kind, name), any, xds::names, |_| "", account),
+            Kind::ProxyConfig => self.anchors.put((kind, name), any, check::anchors, |_| "", account),
             Kind::Routes => self.routes.put((kind, name), any, xds::route_table, |v| &v.name, account),
-            Kind::Extension => self.extensions.put((kind, name), any, xds::extension, |v| &v.0, account),
-            Kind::Secret => self.secrets.put((kind, name), any, xds::secret, |v| &v.name, account),
+            Kind::Extension => {
+                let read = |any: &Any| checked(xds::extension(any), |(name, filter)| (checks.filter)(name, filter));
+                self.extensions.put((kind, name), any, read, |v| &v.0, account)
+            }
+            Kind::Secret => self.secrets.put((kind, name), any, check::secret, |v| &v.name, account),
         };
         self.record(kind, name, any, push, &verdict);
         if kind == Kind::Extension && verdict == Verdict::Changed {
@@ -153,8 +180,8 @@ impl Store {
             // What nobody has seen is new.
             entry.seen = None;
             let any = Any { type_url: Kind::Listener.url().to_owned(), value };
-            let known = &self.filters;
-            let read = |any: &Any| xds::listener(any, known);
+            let (known, check) = (&self.filters, self.checks.listener);
+            let read = |any: &Any| checked(xds::listener(any, known), check);
             let of = (Kind::Listener, &name);
             if self.listeners.put(of, &any, read, |v| &v.name, &mut self.account) == Verdict::Changed {
                 changed.push(name);
@@ -170,6 +197,7 @@ impl Store {
             Kind::Endpoints => self.endpoints.0.remove(name).is_some(),
             Kind::Listener => self.listeners.0.remove(name).is_some(),
             Kind::Names => self.names.0.remove(name).is_some(),
+            Kind::ProxyConfig => self.anchors.0.remove(name).is_some(),
             Kind::Routes => self.routes.0.remove(name).is_some(),
             Kind::Extension => {
                 self.filters.remove(name);
@@ -191,7 +219,7 @@ impl Store {
             Kind::Routes => self.routes.gone(name),
             Kind::Extension => self.extensions.gone(name),
             Kind::Secret => self.secrets.gone(name),
-            Kind::Cluster | Kind::Listener | Kind::Names => {}
+            Kind::Cluster | Kind::Listener | Kind::Names | Kind::ProxyConfig => {}
         }
     }
 
@@ -202,6 +230,7 @@ impl Store {
             Kind::Endpoints => self.endpoints.held(),
             Kind::Listener => self.listeners.held(),
             Kind::Names => self.names.held(),
+            Kind::ProxyConfig => self.anchors.held(),
             Kind::Routes => self.routes.held(),
             Kind::Extension => self.extensions.held(),
             Kind::Secret => self.secrets.held(),
@@ -372,12 +401,12 @@ fn reject(kind: Kind, name: &str, reason: String) -> Reject {
     }
 }
 
-/// The name of a resource that came without: the first field of every type but the name table, which has none.
+/// The name of a resource that came without: the first field of every type but those of which there is one.
 ///
 /// # Errors
 /// When the bytes are no message.
 pub(super) fn name_of(kind: Kind, value: &[u8]) -> Result<Name, Reject> {
-    if kind == Kind::Names {
+    if kind.is_single() {
         return Ok(Name::from(""));
     }
     let named = Named::decode(value).map_err(|e| reject(kind, "", format!("malformed: {e}")))?;

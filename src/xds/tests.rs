@@ -3,19 +3,21 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use proptest::prelude::*;
-use proxy_config::xds::{Any, DiscoveryResponse};
+use proxy_config::sds;
+use proxy_config::xds::{Any, DiscoveryResponse, Material, Secret};
 use tokio::time::Instant;
 
 use super::fixture::{
-    Server, assignment, cors_extension, delta, discovered, eds_cluster, http_listener, no_names, settle, table,
-    unknown_guard,
+    Server, assignment, cors_extension, delta, discovered, eds_cluster, http_listener, no_names, policy, settle, table,
+    trusting, unknown_guard, with_old_tls, with_tls,
 };
 use super::*;
+use crate::control::CHECKS;
 
 const NODE: &[u8] = b"\x0a\x01n";
 
 fn ads(names: bool) -> Ads {
-    Ads::new(Options { delta: true, node: Bytes::from_static(NODE), names })
+    Ads::new(Options { delta: true, node: Bytes::from_static(NODE), names, proxy_config: false, checks: CHECKS })
 }
 
 fn says(ads: &mut Ads, response: Response) -> Step {
@@ -178,6 +180,58 @@ fn an_unknown_guard_refuses_the_listener_and_a_wrong_name_the_resource() {
 }
 
 #[test]
+fn what_could_not_be_enforced_is_refused_by_name_and_leaves_what_was() {
+    let (mut ads, mut server, now) = (ads(false), seeded(), Instant::now());
+    server.set(Kind::Listener, "l", Some(http_listener("l", "80", vec![policy("/a.*")])));
+    let first = ads.connected(now);
+    settle(&mut ads, &mut server, first, now);
+    let served = ads.update(now).expect("complete").model;
+    let refused = |ads: &mut Ads, kind: Kind, name: &str, any: Any| {
+        let step = says(ads, delta(kind, "9", &[(name, any)], &[]));
+        step.send[0].error().expect("a refusal").message.clone()
+    };
+    let said = refused(&mut ads, Kind::Listener, "l", http_listener("l", "80", vec![policy("(")]));
+    assert!(said.starts_with("Error adding/updating listener(s) Listener l: filter_chains[].rbac: paths: "), "{said}");
+    assert!(ads.update(now).is_none_or(|update| update.model.listeners.same(&served.listeners)));
+    // TLS settings that cannot be had. Secrets that have not come are no fault.
+    let plain = http_listener("m", "80", Vec::new());
+    let (own, roots) = ("kubernetes://a", "kubernetes://b");
+    let step = says(&mut ads, delta(Kind::Listener, "10", &[("m", with_tls(plain.clone(), own, roots))], &[]));
+    assert_eq!(short(&step.send), ["Listener ack", "Secret +kubernetes://a +kubernetes://b"]);
+    let said = refused(&mut ads, Kind::Listener, "m", with_old_tls(plain, own, roots));
+    assert!(said.contains("Listener m: filter_chains[].transport_socket: no TLS version"), "{said}");
+    // Key material that nobody could use.
+    let certificate = Material::Certificate { chain: "garbage".into(), key: "garbage".into() };
+    let secret = Secret { name: own.into(), material: certificate };
+    let said = refused(&mut ads, Kind::Secret, own, sds::write(&secret));
+    assert!(said.contains("Secret kubernetes://a: tls_certificate: "), "{said}");
+}
+
+#[test]
+fn the_proxys_own_settings_are_asked_for_after_names_and_give_anchors() {
+    let node = Bytes::from_static(NODE);
+    let options = Options { delta: true, node, names: true, proxy_config: true, checks: CHECKS };
+    let (mut ads, mut server, now) = (Ads::new(options), seeded(), Instant::now());
+    ads.report(Some(Health { healthy: true, message: String::new() }));
+    let (root, _) = crate::ca::Root::generate("further").unwrap();
+    server.set(Kind::ProxyConfig, "", Some(trusting(&[root.certificate()])));
+    let first = ads.connected(now);
+    settle(&mut ads, &mut server, first, now);
+    assert_eq!(ads.anchors(), [root.certificate()]);
+    let step = says(&mut ads, delta(Kind::ProxyConfig, "9", &[("", trusting(&[root.certificate(), "garbage"]))], &[]));
+    let said = &step.send[0].error().expect("a refusal").message;
+    assert!(said.starts_with("Error updating the proxy configuration ProxyConfig: ca_certificates_pem[1]: "), "{said}");
+    assert_eq!(ads.anchors(), [root.certificate()], "the last good ones");
+    assert!(says(&mut ads, delta(Kind::ProxyConfig, "10", &[], &[])).send.is_empty(), "an empty one is not answered");
+    ads.disconnected();
+    let again = short(&ads.connected(now));
+    assert_eq!(again[2..6], ["Listener =l", "Names", "ProxyConfig", "Health"]);
+    assert_eq!(ads.anchors(), [root.certificate()], "until something else is said");
+    says(&mut ads, delta(Kind::ProxyConfig, "11", &[("", trusting(&[]))], &[]));
+    assert!(ads.anchors().is_empty());
+}
+
+#[test]
 fn what_was_not_asked_for_is_passed_over() {
     let (mut ads, mut server, now) = (ads(false), seeded(), Instant::now());
     let first = ads.connected(now);
@@ -266,8 +320,16 @@ fn discovered_filters_are_asked_for_and_listeners_wait_for_them() {
 
 #[test]
 fn the_state_of_the_world_is_understood_too() {
-    let (mut ads, now) =
-        (Ads::new(Options { delta: false, node: Bytes::from_static(NODE), names: false }), Instant::now());
+    let (mut ads, now) = (
+        Ads::new(Options {
+            delta: false,
+            node: Bytes::from_static(NODE),
+            names: false,
+            proxy_config: false,
+            checks: CHECKS,
+        }),
+        Instant::now(),
+    );
     let all = |kind: Kind, n: &str, resources: Vec<Any>| {
         Response::Sotw(DiscoveryResponse {
             version_info: n.to_owned(),
