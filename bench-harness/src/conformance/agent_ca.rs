@@ -15,6 +15,7 @@ use x509_parser::prelude::{
 };
 
 use super::agent_run::{Agent, Workload, mode};
+use super::agent_said::{metadata, recorded_metadata};
 use super::tally::{Difference, Tally};
 use super::{Bench, Set, cases};
 use crate::istiod::ca::Asked;
@@ -147,7 +148,7 @@ fn is_create(headers: &Value) -> bool {
 
 impl Call {
     fn take(&mut self, event: &Value) {
-        let code = |name: &str| serde_code(name).map(Answer::Status);
+        let code = |name: &str| code(name).map(Answer::Status);
         match (event["ev"].as_str().unwrap_or_default(), event["from"].as_str()) {
             ("msg", Some("agent")) => self.request = event["json"].clone(),
             ("msg", Some("istiod")) => {
@@ -169,7 +170,7 @@ impl Call {
 }
 
 /// A gRPC code by its name in any case.
-fn serde_code(name: &str) -> Option<tonic::Code> {
+pub(super) fn code(name: &str) -> Option<tonic::Code> {
     let plain = |text: &str| text.to_ascii_lowercase().replace(['_', ' '], "").replace("cancelled", "canceled");
     (1..17).map(tonic::Code::from).find(|code| plain(&format!("{code:?}")) == plain(name))
 }
@@ -292,17 +293,8 @@ fn token(call: &Call) -> Option<&str> {
 
 fn compare_call(at: usize, call: &Call, asked: &Asked, found: &mut Vec<Difference>) {
     let field = |name: &str| format!("calls[{at}].{name}");
-    // Who speaks and how is the library's affair.
-    const OWN: [&str; 5] = [":authority", "content-type", "user-agent", "te", "grpc-accept-encoding"];
-    let recorded = call.metadata.as_object().into_iter().flatten().filter(|(name, _)| !OWN.contains(&name.as_str()));
-    let recorded: Value = recorded.map(|(name, value)| (name.clone(), value.clone())).collect();
-    let mut sent = serde_json::Map::new();
-    for (name, value) in asked.metadata.clone().into_headers().iter().filter(|(n, _)| !OWN.contains(&n.as_str())) {
-        let text = String::from_utf8_lossy(value.as_bytes()).into_owned();
-        let all = sent.entry(name.as_str()).or_insert_with(|| json!([]));
-        all.as_array_mut().expect("made as one").push(json!(text));
-    }
-    differ(found, &field("metadata"), &recorded, &Value::Object(sent));
+    let sent = metadata(&asked.metadata.clone().into_headers());
+    differ(found, &field("metadata"), &recorded_metadata(&call.metadata), &sent);
     let request = &call.request;
     differ(found, &field("client_certificate"), &json!(call.client_chain), &json!(asked.peer.certificates.len()));
     if request.is_null() {

@@ -45,6 +45,7 @@ impl Workload {
 pub(super) struct Agent {
     dir: TempDir,
     variables: BTreeMap<String, String>,
+    arguments: Vec<String>,
     process: Option<Running>,
     /// Files that were there before it began, by their inodes: what it writes is another file.
     written: BTreeMap<String, u64>,
@@ -66,7 +67,7 @@ impl Agent {
             set("ISTIOD_SAN", NAME),
             set("PROXY_CONFIG", &discovery),
         ]);
-        Ok(Self { dir, variables, process: None, written: BTreeMap::new() })
+        Ok(Self { dir, variables, arguments: Vec::new(), process: None, written: BTreeMap::new() })
     }
 
     /// A path below the working folder.
@@ -90,6 +91,16 @@ impl Agent {
         self.variables.insert(name.to_owned(), value.to_owned());
     }
 
+    /// Adds many.
+    pub(super) fn variables(&mut self, more: BTreeMap<String, String>) {
+        self.variables.extend(more);
+    }
+
+    /// Adds arguments.
+    pub(super) fn arguments(&mut self, more: &[&str]) {
+        self.arguments.extend(more.iter().map(|text| (*text).to_owned()));
+    }
+
     /// Adds the variables of a case.
     pub(super) fn set_all(&mut self, env: &Value) {
         for (name, value) in env.as_object().into_iter().flatten() {
@@ -101,9 +112,15 @@ impl Agent {
     pub(super) fn start(&mut self, bench: &Bench<'_>) -> Result<()> {
         let mut command = Command::new(fs::canonicalize(bench.proxy)?);
         command.args(["proxy", "sidecar", "--admin-port", "0", "--status-port", "0", "--metrics-port", "0"]);
+        command.args(&self.arguments);
         command.current_dir(self.dir.path()).env_clear().envs(&self.variables);
         self.process = Some(Running::start(command, &self.at("agent.log"))?);
         Ok(())
+    }
+
+    /// Ends it; its folder stays.
+    pub(super) fn stop(&mut self) {
+        self.process = None;
     }
 
     /// Its exit code, if it ends in time.

@@ -5,10 +5,13 @@
 
 #![cfg_attr(not(feature = "conformance"), allow(dead_code, reason = "what replays wire cases needs the feature"))]
 
+mod agent_ads;
 mod agent_bootstrap;
 mod agent_ca;
 mod agent_health;
+mod agent_recording;
 mod agent_run;
+mod agent_said;
 mod agent_sds;
 mod analysis;
 mod authz;
@@ -123,6 +126,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
 
 fn run_set(bench: &Bench<'_>, set: &Set) -> Result<Tally> {
     match set.name.as_str() {
+        "agent/ads" => agent_ads::run(bench, set),
         "agent/bootstrap" => agent_bootstrap::run(bench, set),
         "agent/health" => agent_health::run(bench, set),
         "analysis" => analysis::run(bench, set),

@@ -51,7 +51,13 @@ pub(super) fn conversation(bench: &Bench<'_>, name: &str, folder: &Path) -> Resu
 pub(super) fn scale(bench: &Bench<'_>, name: &str, case: &Value, folder: &Path) -> Result<Tally> {
     let mut out = Vec::new();
     let now = Instant::now();
-    let mut ads = Ads::new(Options { delta: false, node: Bytes::new(), names: true });
+    let mut ads = Ads::new(Options {
+        delta: false,
+        node: Bytes::new(),
+        names: true,
+        proxy_config: false,
+        checks: istio_proxy::control::CHECKS,
+    });
     ads.connected(now);
     let mut take = |ads: &mut Ads, file: &str, changed: bool, response: DiscoveryResponse| {
         let step = ads.received(response.into(), now, SystemTime::now());
@@ -127,7 +133,8 @@ impl Replay {
         let answer = lines.iter().find(|line| line["from"] == "server").unwrap_or(first);
         let delta = answer["json"]["version_info"].is_null();
         let names = lines.iter().any(|line| line["type"] == "nds");
-        let options = Options { delta, node: Bytes::new(), names };
+        let options =
+            Options { delta, node: Bytes::new(), names, proxy_config: false, checks: istio_proxy::control::CHECKS };
         Ok(Self {
             ads: Ads::new(options),
             delta,
@@ -251,7 +258,11 @@ impl Replay {
                     held.clear();
                 }
                 for any in &response.resources {
-                    let name = if kind == Kind::Names { String::new() } else { name_of(&any.value) };
+                    let name = if matches!(kind, Kind::Names | Kind::ProxyConfig) {
+                        String::new()
+                    } else {
+                        name_of(&any.value)
+                    };
                     if wanted(&name) {
                         held.insert(name, any.value.clone());
                     }

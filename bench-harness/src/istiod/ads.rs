@@ -19,7 +19,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Response, Status, Streaming};
 use tonic_prost::ProstCodec;
 
-use super::{Call, Log, Reply, Service};
+use super::{Call, Log, Peer, Reply, Service};
 
 /// Its full name.
 pub const SERVICE: &str = "envoy.service.discovery.v3.AggregatedDiscoveryService";
@@ -33,6 +33,8 @@ pub struct Heard {
     pub stream: usize,
     /// Metadata of the stream.
     pub metadata: http::HeaderMap,
+    /// Whether the stream's peer showed a certificate.
+    pub certified: bool,
     /// What was said.
     pub request: Request,
 }
@@ -56,6 +58,8 @@ pub struct Ads {
     pub heard: Log<Heard>,
     /// Streams that were opened.
     pub opened: Log<usize>,
+    /// Streams that were refused, by their metadata.
+    pub refused: Log<http::HeaderMap>,
 }
 
 #[derive(Default)]
@@ -70,7 +74,7 @@ struct World {
 impl Default for Ads {
     fn default() -> Self {
         let orders = broadcast::Sender::new(ORDERS);
-        Self { world: Mutex::default(), orders, heard: Log::default(), opened: Log::default() }
+        Self { world: Mutex::default(), orders, heard: Log::default(), opened: Log::default(), refused: Log::default() }
     }
 }
 
@@ -106,7 +110,8 @@ impl Ads {
         self.order(Order::Push { kind, names, removed: Vec::new() });
     }
 
-    /// Sends a response as it is: a nonce of before, a type that nobody asked for, nonsense.
+    /// Sends a response as it is: a nonce of before, a type that nobody asked for, nonsense. Streams of the state of the
+    /// world get the same without what only a delta has.
     pub fn say(&self, response: DeltaDiscoveryResponse) {
         self.order(Order::Say(Box::new(response)));
     }
@@ -154,13 +159,15 @@ impl Ads {
         self.world.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn begin(&self, metadata: &http::HeaderMap) -> Result<Session, Status> {
-        if let Some(status) = &self.world().refusal {
-            return Err(status.clone());
+    fn begin(&self, metadata: &http::HeaderMap, peer: &Peer) -> Result<Session, Status> {
+        if let Some(status) = self.world().refusal.clone() {
+            self.refused.push(metadata.clone());
+            return Err(status);
         }
         let stream = self.opened.len() + 1;
         self.opened.push(stream);
-        Ok(Session { stream, metadata: metadata.clone(), watched: BTreeMap::new() })
+        let certified = !peer.certificates.is_empty();
+        Ok(Session { stream, metadata: metadata.clone(), certified, watched: BTreeMap::new() })
     }
 
     fn response(&self, kind: Kind, which: impl Fn(&str) -> bool, removed: Vec<String>) -> DeltaDiscoveryResponse {
@@ -187,11 +194,27 @@ impl Ads {
 struct Session {
     stream: usize,
     metadata: http::HeaderMap,
+    certified: bool,
     /// Names by kind; none for a wildcard.
     watched: BTreeMap<Kind, BTreeSet<String>>,
 }
 
 impl Session {
+    fn heard(&self, request: Request) -> Heard {
+        Heard { stream: self.stream, metadata: self.metadata.clone(), certified: self.certified, request }
+    }
+
+    /// What a request of a stream of the state of the world is answered with: everything of it.
+    fn answer_all(&mut self, ads: &Ads, request: &DiscoveryRequest) -> Option<DeltaDiscoveryResponse> {
+        let kind = Kind::of(&request.type_url)?;
+        let names: BTreeSet<String> = request.resource_names.iter().cloned().collect();
+        let old = self.watched.insert(kind, names.clone());
+        if !request.response_nonce.is_empty() && old.as_ref() == Some(&names) || ads.world().held.contains(&kind) {
+            return None;
+        }
+        Some(ads.response(kind, |name| kind.is_wildcard() || names.contains(name), Vec::new()))
+    }
+
     /// What a delta request is answered with.
     fn answer(&mut self, ads: &Ads, request: &DeltaDiscoveryRequest) -> Option<DeltaDiscoveryResponse> {
         let kind = Kind::of(&request.type_url)?;
@@ -237,12 +260,13 @@ impl Session {
 impl Service for Ads {
     fn answer(self: Arc<Self>, call: Call) -> Reply {
         Box::pin(async move {
+            let (ads, peer) = (self, call.peer);
             if call.request.uri().path().ends_with("/DeltaAggregatedResources") {
                 let codec = ProstCodec::<DeltaDiscoveryResponse, DeltaDiscoveryRequest>::default();
-                tonic::server::Grpc::new(codec).streaming(Delta(self), call.request).await
+                tonic::server::Grpc::new(codec).streaming(Delta { ads, peer }, call.request).await
             } else {
                 let codec = ProstCodec::<DiscoveryResponse, DiscoveryRequest>::default();
-                tonic::server::Grpc::new(codec).streaming(StateOfTheWorld(self), call.request).await
+                tonic::server::Grpc::new(codec).streaming(StateOfTheWorld { ads, peer }, call.request).await
             }
         })
     }
@@ -251,7 +275,10 @@ impl Service for Ads {
 type Answers<T> = ReceiverStream<Result<T, Status>>;
 type Opening<T> = std::future::Ready<Result<Response<Answers<T>>, Status>>;
 
-struct Delta(Arc<Ads>);
+struct Delta {
+    ads: Arc<Ads>,
+    peer: Arc<Peer>,
+}
 
 impl tonic::server::StreamingService<DeltaDiscoveryRequest> for Delta {
     type Response = DeltaDiscoveryResponse;
@@ -259,20 +286,59 @@ impl tonic::server::StreamingService<DeltaDiscoveryRequest> for Delta {
     type Future = Opening<DeltaDiscoveryResponse>;
 
     fn call(&mut self, request: tonic::Request<Streaming<DeltaDiscoveryRequest>>) -> Self::Future {
-        let metadata = request.metadata().clone().into_headers();
-        std::future::ready(self.0.begin(&metadata).map(|session| {
-            let (send, answers) = mpsc::channel(64);
-            tokio::spawn(delta(Arc::clone(&self.0), session, request.into_inner(), send));
-            Response::new(ReceiverStream::new(answers))
-        }))
+        std::future::ready(open(&self.ads, &self.peer, request, Request::Delta, |response| response))
     }
 }
 
-async fn delta(
+struct StateOfTheWorld {
+    ads: Arc<Ads>,
+    peer: Arc<Peer>,
+}
+
+impl tonic::server::StreamingService<DiscoveryRequest> for StateOfTheWorld {
+    type Response = DiscoveryResponse;
+    type ResponseStream = Answers<DiscoveryResponse>;
+    type Future = Opening<DiscoveryResponse>;
+
+    fn call(&mut self, request: tonic::Request<Streaming<DiscoveryRequest>>) -> Self::Future {
+        std::future::ready(open(&self.ads, &self.peer, request, Request::Sotw, whole))
+    }
+}
+
+/// What of a delta response there is in one of the state of the world.
+fn whole(delta: DeltaDiscoveryResponse) -> DiscoveryResponse {
+    DiscoveryResponse {
+        version_info: delta.system_version_info,
+        resources: delta.resources.into_iter().filter_map(|r| r.resource).collect(),
+        type_url: delta.type_url,
+        nonce: delta.nonce,
+    }
+}
+
+fn open<Q, R>(
+    ads: &Arc<Ads>,
+    peer: &Peer,
+    request: tonic::Request<Streaming<Q>>,
+    asked: fn(Q) -> Request,
+    told: fn(DeltaDiscoveryResponse) -> R,
+) -> Result<Response<Answers<R>>, Status>
+where
+    Q: Send + 'static,
+    R: Send + 'static,
+{
+    let metadata = request.metadata().clone().into_headers();
+    let session = ads.begin(&metadata, peer)?;
+    let (send, answers) = mpsc::channel(64);
+    tokio::spawn(talk(Arc::clone(ads), session, request.into_inner(), send, (asked, told)));
+    Ok(Response::new(ReceiverStream::new(answers)))
+}
+
+async fn talk<Q, R>(
     ads: Arc<Ads>,
     mut session: Session,
-    mut requests: Streaming<DeltaDiscoveryRequest>,
-    send: mpsc::Sender<Result<DeltaDiscoveryResponse, Status>>,
+    mut requests: Streaming<Q>,
+    send: mpsc::Sender<Result<R, Status>>,
+    (asked, told): (fn(Q) -> Request, fn(DeltaDiscoveryResponse) -> R),
 ) {
     let mut orders = ads.orders.subscribe();
     let silent = ads.world().silent;
@@ -280,9 +346,13 @@ async fn delta(
         let response = tokio::select! {
             request = requests.message() => {
                 let Ok(Some(request)) = request else { return };
-                let response = if silent { None } else { session.answer(&ads, &request) };
-                let request = Request::Delta(request);
-                ads.heard.push(Heard { stream: session.stream, metadata: session.metadata.clone(), request });
+                let request = asked(request);
+                let response = match &request {
+                    _ if silent => None,
+                    Request::Delta(request) => session.answer(&ads, request),
+                    Request::Sotw(request) => session.answer_all(&ads, request),
+                };
+                ads.heard.push(session.heard(request));
                 response
             }
             order = orders.recv() => {
@@ -299,56 +369,8 @@ async fn delta(
         };
         // A client that left hears of nothing; its requests end too.
         if let Some(response) = response
-            && send.send(Ok(response)).await.is_err()
+            && send.send(Ok(told(response))).await.is_err()
         {
-            return;
-        }
-    }
-}
-
-/// State of the world: whatever is asked is answered with everything of it.
-struct StateOfTheWorld(Arc<Ads>);
-
-impl tonic::server::StreamingService<DiscoveryRequest> for StateOfTheWorld {
-    type Response = DiscoveryResponse;
-    type ResponseStream = Answers<DiscoveryResponse>;
-    type Future = Opening<DiscoveryResponse>;
-
-    fn call(&mut self, request: tonic::Request<Streaming<DiscoveryRequest>>) -> Self::Future {
-        let metadata = request.metadata().clone().into_headers();
-        std::future::ready(self.0.begin(&metadata).map(|session| {
-            let (send, answers) = mpsc::channel(64);
-            tokio::spawn(world(Arc::clone(&self.0), session, request.into_inner(), send));
-            Response::new(ReceiverStream::new(answers))
-        }))
-    }
-}
-
-async fn world(
-    ads: Arc<Ads>,
-    mut session: Session,
-    mut requests: Streaming<DiscoveryRequest>,
-    send: mpsc::Sender<Result<DiscoveryResponse, Status>>,
-) {
-    while let Ok(Some(request)) = requests.message().await {
-        let kind = Kind::of(&request.type_url);
-        let names: BTreeSet<String> = request.resource_names.iter().cloned().collect();
-        let nonce = request.response_nonce.clone();
-        let request = Request::Sotw(request);
-        ads.heard.push(Heard { stream: session.stream, metadata: session.metadata.clone(), request });
-        let Some(kind) = kind else { continue };
-        let old = session.watched.insert(kind, names.clone());
-        if !nonce.is_empty() && old.as_ref() == Some(&names) || ads.world().held.contains(&kind) {
-            continue;
-        }
-        let delta = ads.response(kind, |name| kind.is_wildcard() || names.contains(name), Vec::new());
-        let response = DiscoveryResponse {
-            version_info: delta.system_version_info,
-            resources: delta.resources.into_iter().filter_map(|r| r.resource).collect(),
-            type_url: delta.type_url,
-            nonce: delta.nonce,
-        };
-        if send.send(Ok(response)).await.is_err() {
             return;
         }
     }

@@ -76,6 +76,13 @@ impl<T: Clone> Log<T> {
         tokio::time::timeout(LIMIT, found).await.expect("the event comes within a minute")
     }
 
+    /// Waits until there are more than that many, for as long as it takes.
+    pub async fn grows(&self, count: usize) {
+        let mut counted = self.count.subscribe();
+        // Whoever waits holds the log, and with it the sender.
+        let _ = counted.wait_for(|n| *n > count).await;
+    }
+
     /// Waits until there are that many, and returns all.
     ///
     /// # Panics

@@ -66,6 +66,24 @@ pub fn eds_cluster(name: &str, seconds: i64) -> Any {
     })
 }
 
+/// A cluster that sends to where a connection was going.
+pub fn direct_cluster(name: &str) -> Any {
+    any(&cluster::Cluster {
+        name: name.to_owned(),
+        cluster_discovery_type: Some(cluster::cluster::ClusterDiscoveryType::Type(4)),
+        // The one that such clusters must have.
+        lb_policy: 6,
+        ..Default::default()
+    })
+}
+
+/// A listener without a socket of its own.
+pub fn unbound(listener: Any) -> Any {
+    let mut message = listener::Listener::decode(&*listener.value).unwrap_or_default();
+    message.bind_to_port = Some(wkt::BoolValue { value: false });
+    any(&message)
+}
+
 /// A load assignment with these endpoints.
 pub fn assignment(name: &str, of: &[SocketAddr]) -> Any {
     let one = |of: &SocketAddr| endpoint::LbEndpoint {
@@ -193,6 +211,120 @@ pub fn unknown_guard() -> HttpFilter {
         name: "envoy.filters.http.oauth2".into(),
         config_type: Some(hcm::http_filter::ConfigType::TypedConfig(config)),
         ..Default::default()
+    }
+}
+
+/// A plug-in that is fetched, as an extension of this name; `open`: what it would guard may pass without it.
+pub fn plugin_extension(name: &str, open: bool) -> Any {
+    let plugin = envoy_types::pb::envoy::extensions::wasm::v3::PluginConfig {
+        name: name.into(),
+        failure_policy: if open { 3 } else { 2 },
+        ..Default::default()
+    };
+    let wasm = envoy_types::pb::envoy::extensions::filters::http::wasm::v3::Wasm { config: Some(plugin) };
+    any(&core::TypedExtensionConfig { name: name.into(), typed_config: Some(packed(&wasm)) })
+}
+
+/// A policy that denies paths on which this expression fits.
+pub fn policy(path: &str) -> HttpFilter {
+    let expression = matcher::RegexMatcher { regex: path.into(), ..Default::default() };
+    let pattern = matcher::string_matcher::MatchPattern::SafeRegex(expression);
+    let text = matcher::StringMatcher { match_pattern: Some(pattern), ..Default::default() };
+    let rule =
+        rbac::permission::Rule::UrlPath(matcher::PathMatcher { rule: Some(matcher::path_matcher::Rule::Path(text)) });
+    let anybody = rbac::Principal { identifier: Some(rbac::principal::Identifier::Any(true)) };
+    let policy = rbac::Policy {
+        permissions: vec![rbac::Permission { rule: Some(rule) }],
+        principals: vec![anybody],
+        ..Default::default()
+    };
+    let rules = rbac::Rbac {
+        action: rbac::rbac::Action::Deny.into(),
+        policies: [("paths".to_owned(), policy)].into(),
+        ..Default::default()
+    };
+    let filter = http_rbac::Rbac { rules: Some(rules), ..Default::default() };
+    HttpFilter {
+        name: "envoy.filters.http.rbac".into(),
+        config_type: Some(hcm::http_filter::ConfigType::TypedConfig(packed(&filter))),
+        ..Default::default()
+    }
+}
+
+/// The same listener behind TLS, both sides with certificates; its own and its clients' roots come over the stream.
+pub fn with_tls(listener: Any, certificate: &str, roots: &str) -> Any {
+    behind_tls(listener, common_tls(certificate, roots))
+}
+
+/// The same with versions of TLS that nobody should speak.
+pub fn with_old_tls(listener: Any, certificate: &str, roots: &str) -> Any {
+    let version = tls::tls_parameters::TlsProtocol::TlSv11.into();
+    let params = tls::TlsParameters {
+        tls_minimum_protocol_version: version,
+        tls_maximum_protocol_version: version,
+        ..Default::default()
+    };
+    behind_tls(listener, tls::CommonTlsContext { tls_params: Some(params), ..common_tls(certificate, roots) })
+}
+
+fn behind_tls(listener: Any, common: tls::CommonTlsContext) -> Any {
+    let mut message = listener::Listener::decode(&*listener.value).unwrap_or_default();
+    let context = tls::DownstreamTlsContext {
+        common_tls_context: Some(common),
+        require_client_certificate: Some(wkt::BoolValue { value: true }),
+        ..Default::default()
+    };
+    for chain in &mut message.filter_chains {
+        chain.transport_socket = Some(transport_socket(&context));
+    }
+    any(&message)
+}
+
+/// The same cluster over TLS, both sides with certificates.
+pub fn over_tls(cluster: Any, certificate: &str, roots: &str) -> Any {
+    let mut message = cluster::Cluster::decode(&*cluster.value).unwrap_or_default();
+    let context = tls::UpstreamTlsContext {
+        common_tls_context: Some(common_tls(certificate, roots)),
+        sni: "shop.example".into(),
+        ..Default::default()
+    };
+    message.transport_socket = Some(transport_socket(&context));
+    any(&message)
+}
+
+fn transport_socket<M: Message + Name>(context: &M) -> core::TransportSocket {
+    core::TransportSocket {
+        name: "envoy.transport_sockets.tls".into(),
+        config_type: Some(core::transport_socket::ConfigType::TypedConfig(packed(context))),
+    }
+}
+
+fn common_tls(certificate: &str, roots: &str) -> tls::CommonTlsContext {
+    use tls::common_tls_context::ValidationContextType;
+    let secret = |name: &str| tls::SdsSecretConfig { name: name.into(), sds_config: Some(ads()) };
+    let combined = tls::common_tls_context::CombinedCertificateValidationContext {
+        default_validation_context: Some(tls::CertificateValidationContext::default()),
+        validation_context_sds_secret_config: Some(secret(roots)),
+        ..Default::default()
+    };
+    tls::CommonTlsContext {
+        tls_certificate_sds_secret_configs: vec![secret(certificate)],
+        validation_context_type: Some(ValidationContextType::CombinedValidationContext(combined)),
+        ..Default::default()
+    }
+}
+
+/// Settings of proxies that name further CAs, PEM.
+pub fn trusting(certificates: &[&str]) -> Any {
+    #[derive(Clone, PartialEq, Message)]
+    struct ProxyConfig {
+        #[prost(string, repeated, tag = "34")]
+        ca_certificates_pem: Vec<String>,
+    }
+    let message = ProxyConfig { ca_certificates_pem: certificates.iter().map(|pem| (*pem).to_owned()).collect() };
+    Any {
+        type_url: "type.googleapis.com/istio.mesh.v1alpha1.ProxyConfig".into(),
+        value: message.encode_to_vec().into(),
     }
 }
 

@@ -61,7 +61,7 @@ pub struct Peer {
 pub struct Connection {
     /// Who; only the number when the handshake failed.
     pub peer: Arc<Peer>,
-    /// Why the handshake failed.
+    /// Why the handshake failed, or that nobody was there.
     pub error: Option<String>,
 }
 
@@ -141,10 +141,12 @@ impl fmt::Debug for Server {
 async fn accept(listener: TcpListener, shared: Arc<Shared>) {
     let mut count = 0;
     while let Ok((socket, _)) = listener.accept().await {
+        count += 1;
         if shared.down.load(Ordering::Relaxed) {
+            let peer = Arc::new(Peer { connection: count, ..Peer::default() });
+            shared.connections.push(Connection { peer, error: Some("down".to_owned()) });
             continue;
         }
-        count += 1;
         let shared = Arc::clone(&shared);
         let mut hang_up = shared.hang_up.subscribe();
         tokio::spawn(async move {
