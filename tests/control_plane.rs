@@ -277,7 +277,7 @@ async fn key_material_of_the_stream_serves_both_sides_is_renewed_and_never_lost(
     ads.set(Kind::Listener, "out", resources::tcp_listener("out", out, "shop"));
     ads.set(Kind::Listener, "in", resources::with_tls(resources::tcp_listener("in", inside, "app"), own, roots));
     ads.set(Kind::Names, "", resources::no_names());
-    let ca = istiod::Ca::new("shop").expect("a CA");
+    let ca = Ca::new("shop").expect("a CA");
     let pair = |account: &str| {
         let (now, hour) = (time::OffsetDateTime::now_utc(), time::Duration::hours(1));
         let id = format!("spiffe://cluster.local/ns/shop/sa/{account}");
