@@ -417,7 +417,9 @@ mod tests {
         let (snapshot, _) = snapshot::compile(None, &Model::default(), &both);
         let published = Published { snapshot: Arc::new(snapshot), ..before };
         let now = SystemTime::now();
-        let back = read(&encode(&published, &Keys::new(), NODE, now).unwrap(), NODE, now).unwrap().secrets;
+        let folder = tempfile::tempdir().unwrap();
+        write(folder.path(), parts(&published, &Keys::new(), NODE, now)).unwrap();
+        let back = load(folder.path(), NODE, now).unwrap().unwrap().secrets;
         assert_eq!(back, both);
         let swapped = Roots::of_domains([("a.example", b), ("b.example", a)]).unwrap();
         assert_ne!(back, both.with_roots("ROOTCA", swapped), "which root is whose is kept");

@@ -317,7 +317,8 @@ fn identity<'s>(common: &CommonTls, secrets: &'s Secrets) -> Result<Option<&'s I
 }
 
 fn check(common: &CommonTls) -> Result<(), String> {
-    provider(common)?;
+    versions(common)?;
+    key_exchanges(&common.ecdh_curves)?;
     let names = common.validation.iter().flat_map(|validation| &validation.san);
     names.map(NameRule::compile).try_for_each(|rule| rule.map(drop))
 }

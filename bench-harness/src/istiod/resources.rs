@@ -275,7 +275,7 @@ fn behind_tls(listener: Any, common: tls::CommonTlsContext) -> Any {
         ..Default::default()
     };
     for chain in &mut message.filter_chains {
-        chain.transport_socket = Some(transport_socket(&context));
+        chain.transport_socket = Some(socket(&context));
     }
     any(&message)
 }
@@ -288,15 +288,8 @@ pub fn over_tls(cluster: Any, certificate: &str, roots: &str) -> Any {
         sni: "shop.example".into(),
         ..Default::default()
     };
-    message.transport_socket = Some(transport_socket(&context));
+    message.transport_socket = Some(socket(&context));
     any(&message)
-}
-
-fn transport_socket<M: Message + Name>(context: &M) -> core::TransportSocket {
-    core::TransportSocket {
-        name: "envoy.transport_sockets.tls".into(),
-        config_type: Some(core::transport_socket::ConfigType::TypedConfig(packed(context))),
-    }
 }
 
 fn common_tls(certificate: &str, roots: &str) -> tls::CommonTlsContext {
