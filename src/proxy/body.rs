@@ -8,6 +8,7 @@ use http_body::{Frame, SizeHint};
 
 use super::ctx::Ctx;
 use super::expiry::Expiry;
+use super::running;
 use crate::error::Error;
 use crate::upstream::AnswerBody;
 
@@ -37,6 +38,13 @@ impl http_body::Body for Body {
                 Poll::Ready(Some(Ok(Frame::data(bytes))))
             }
             Self::Tracked(ctx, inner, expiry) => {
+                if ctx.grpc && ctx.is_denied() {
+                    let trailers = running::farewell();
+                    ctx.note_grpc_status(&trailers);
+                    ctx.complete();
+                    *this = Self::Done;
+                    return Poll::Ready(Some(Ok(Frame::trailers(trailers))));
+                }
                 let polled = Pin::new(&mut *inner).poll_frame(cx);
                 if polled.is_pending() && ctx.grpc {
                     ctx.poll_report(cx);

@@ -16,6 +16,7 @@ use super::conn::Conn;
 use super::head::Head;
 use super::http::HttpConn;
 use super::peer_metadata::Asked;
+use super::running::Running;
 use super::vars::protocol;
 use crate::error::{Error, Flags};
 use crate::net::grpc::Messages;
@@ -84,6 +85,8 @@ pub(super) struct Ctx {
     /// When the next report is due.
     report: Option<Pin<Box<Sleep>>>,
     complete: bool,
+    /// The generation of configuration whose policy it has passed.
+    judged: u64,
 }
 
 impl Ctx {
@@ -129,6 +132,7 @@ impl Ctx {
             reported: (0, 0),
             report: None,
             complete: false,
+            judged: http.conn.env.generation(),
             http: Arc::clone(http),
         })
     }
@@ -176,6 +180,32 @@ impl Ctx {
         self.complete = true;
         self.flags.insert(error.kind.row().flag);
         self.details = Cow::Owned(error.details().replace("before_response_started", "after_response_started"));
+    }
+
+    /// What is left of the request's head, for policy that changes.
+    pub(super) fn running(&self) -> Running {
+        Running {
+            http: Arc::clone(&self.http),
+            method: self.method.clone(),
+            scheme: self.scheme.clone(),
+            authority: self.authority.clone(),
+            path: self.original_path.as_ref().unwrap_or(&self.path).clone(),
+            remote: self.remote,
+        }
+    }
+
+    /// Asks policy again if configuration has changed; whether the stream has to end.
+    pub(super) fn is_denied(&mut self) -> bool {
+        let env = &self.http.conn.env;
+        let generation = env.generation();
+        if generation == self.judged {
+            return false;
+        }
+        self.judged = generation;
+        let Some(details) = self.running().judge(&env.view()) else { return false };
+        self.http.metrics.rq_policy_close.inc();
+        self.details = Cow::Owned(details);
+        true
     }
 
     /// Whether the client speaks HTTP/1.

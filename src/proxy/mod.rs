@@ -35,6 +35,7 @@ mod reply;
 mod request;
 mod request_id;
 mod respond;
+mod running;
 mod server_first;
 mod tcp;
 mod trace;

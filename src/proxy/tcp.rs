@@ -151,7 +151,7 @@ async fn until_over(conn: &Conn, chain: &TcpChain) -> Outcome {
     tokio::select! {
         () = limit(chain.max_duration) => Outcome::TooOld,
         () = drain.reached(Phase::Gone) => Outcome::Left,
-        details = denied(conn) => Outcome::Denied(details),
+        details = denied(conn, |view| judge(view, conn)) => Outcome::Denied(details),
     }
 }
 
@@ -162,15 +162,15 @@ async fn limit(duration: Option<Duration>) {
     }
 }
 
-/// Ends when policy no longer lets this connection be, with the details. Only policy closes a connection: other changes
-/// of its chain are for new connections.
-pub(super) async fn denied(conn: &Conn) -> String {
+/// Ends when this says that policy no longer lets a connection be, with the details. Only policy closes a connection: other
+/// changes of its chain are for new connections.
+pub(super) async fn denied(conn: &Conn, judge: impl Fn(&View) -> Option<String>) -> String {
     let mut views = conn.env.view.subscribe();
     // What changed before we listened was not judged yet.
     views.mark_changed();
     while views.changed().await.is_ok() {
         let view = Arc::clone(&views.borrow_and_update());
-        if let Some(details) = judge(&view, conn) {
+        if let Some(details) = judge(&view) {
             return details;
         }
     }

@@ -763,6 +763,77 @@ async fn a_changed_policy_holds_for_the_next_request_of_an_open_connection() {
 }
 
 #[tokio::test]
+async fn policy_of_requests_ends_a_websocket_that_would_not_pass_any_more() {
+    let switch = "HTTP/1.1 101 Switching Protocols\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\r\n";
+    let app = App::start(switch, true).await;
+    let mesh = Mesh::serving(allowing(&app, "/a"));
+    let (mut one, mut two) = (mesh.connect(), mesh.connect());
+    for (client, path) in [(&mut one, "/a/one"), (&mut two, "/a/two")] {
+        let ask = format!("GET {path} HTTP/1.1\r\nhost: a\r\nconnection: Upgrade\r\nupgrade: websocket\r\n\r\n");
+        client.send(&ask).await;
+        assert!(client.until("\r\n\r\n").await.starts_with("HTTP/1.1 101"));
+        client.send("hello").await;
+        assert_eq!(client.until("hello").await, "hello");
+    }
+    mesh.swap(allowing(&app, "/a/t"));
+    assert_eq!(one.rest().await, "");
+    two.send("again").await;
+    assert_eq!(two.until("again").await, "again");
+    assert_eq!(mesh.env.shard().http("s").cx_policy_close.value(), 1);
+}
+
+#[tokio::test]
+async fn policy_of_requests_ends_a_grpc_stream_with_its_next_message() {
+    let app = grpc_echo().await;
+    let allowing = |prefix: &str| {
+        let filters = vec![HttpFilter::Rbac(allow_only(prefix))];
+        let manager = NetworkFilter::Http(Box::new(manager(vec![forward("/")], filters)));
+        Mesh::compile(vec![manager], vec![cluster("app", app, UpstreamProtocol::Http2)])
+    };
+    let mesh = Mesh::serving(allowing("/a"));
+    let far = mesh.connect().stream;
+    let (sender, connection) = h2::client::handshake(far).await.unwrap();
+    tokio::spawn(connection);
+    let mut streams = Vec::new();
+    for path in ["/a/one", "/a/two"] {
+        let ask = Request::post(format!("http://a{path}")).header("content-type", "application/grpc").body(()).unwrap();
+        let (answer, mut send) = sender.clone().ready().await.unwrap().send_request(ask, false).unwrap();
+        send.send_data(Bytes::from_static(b"\0\0\0\0\x02hi"), false).unwrap();
+        let mut answers = answer.await.unwrap().into_body();
+        assert_eq!(answers.data().await.unwrap().unwrap(), "\0\0\0\0\x02hi");
+        streams.push((send, answers));
+    }
+    mesh.swap(allowing("/a/t"));
+    for (send, _) in &mut streams {
+        send.send_data(Bytes::from_static(b"\0\0\0\0\x02ho"), false).unwrap();
+    }
+    let (_, one) = &mut streams[0];
+    assert!(one.data().await.is_none(), "not another message");
+    assert_eq!(one.trailers().await.unwrap().unwrap()["grpc-status"], "7");
+    assert_eq!(streams[1].1.data().await.unwrap().unwrap(), "\0\0\0\0\x02ho");
+    assert_eq!(mesh.env.shard().http("s").rq_policy_close.value(), 1);
+}
+
+/// An HTTP/2 application that sends back what comes; its address.
+async fn grpc_echo() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((socket, _)) = listener.accept().await {
+            let echo = hyper::service::service_fn(|request: Request<hyper::body::Incoming>| async {
+                let kind = request.headers()["content-type"].clone();
+                let mut response = ::http::Response::new(request.into_body());
+                response.headers_mut().insert("content-type", kind);
+                Ok::<_, std::convert::Infallible>(response)
+            });
+            let server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+            tokio::spawn(server.serve_connection(TokioIo::new(socket), echo));
+        }
+    });
+    address
+}
+
+#[tokio::test]
 async fn a_connection_whose_chain_is_gone_is_refused_and_ends() {
     let app = App::start(OK, false).await;
     let gone = || without_chain(vec![NetworkFilter::Http(Box::new(manager(vec![forward("/")], Vec::new())))]);

@@ -14,7 +14,7 @@ use crate::drain::Phase;
 use crate::error::Flags;
 use crate::net::Stream;
 use crate::net::copy::{self, End, First};
-use crate::upstream::AnswerBody;
+use crate::upstream::{AnswerBody, View};
 
 /// Both sides of a switch.
 pub(super) struct Switch {
@@ -27,16 +27,17 @@ pub(super) struct Switch {
 }
 
 /// Relays until both sides are done, in a task of its own: the codec has let go of the connection by then. The account
-/// and the connection's drain guard live as long as the task. Policy of connections is asked again when it changes; that
-/// of requests is not: the request was judged when it came.
+/// and the connection's drain guard live as long as the task. Policy is asked again when it changes.
 pub(super) fn spawn(mut ctx: Box<Ctx>, switch: Switch) {
     tokio::spawn(async move {
         let conn = Arc::clone(&ctx.http.conn);
+        let running = ctx.running();
+        let judge = |view: &View| tcp::judge(view, &conn).or_else(|| running.judge(view));
         let mut drain = conn.env.drain().clone();
         let denied = tokio::select! {
             () = relay(&mut ctx, switch) => None,
             () = drain.reached(Phase::Gone) => None,
-            details = tcp::denied(&conn) => Some(details),
+            details = tcp::denied(&conn, judge) => Some(details),
         };
         if let Some(details) = denied {
             ctx.http.metrics.cx_policy_close.inc();

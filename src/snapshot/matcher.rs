@@ -181,6 +181,11 @@ enum Value {
 }
 
 impl HeaderMatch {
+    /// Whether it asks for a header, and not for a part of the request line or the host.
+    pub(super) fn is_of_header(&self) -> bool {
+        matches!(self.name, Field::Header(_) | Field::Never)
+    }
+
     /// Compiles; only a regular expression can fail.
     pub fn compile(said: &model::HeaderMatcher) -> Result<Self, String> {
         let value = match &said.value {

@@ -100,6 +100,12 @@ impl Rbac {
         Self { rules: Some(Rules { action: RbacAction::Allow, policies: Box::default() }), ..Self::default() }
     }
 
+    /// Whether a verdict may rest on headers or tokens; on more than who asks, from where, and for what.
+    pub fn asks_head(&self) -> bool {
+        let policies = self.rules.iter().flat_map(|rules| &rules.policies);
+        policies.flat_map(|policy| policy.permissions.iter().chain(&policy.principals)).any(Condition::asks_head)
+    }
+
     /// Judges.
     pub fn check(&self, attributes: &Attributes<'_>) -> Verdict<'_> {
         let (allowed, policy) = self.rules.as_ref().map_or((true, None), |rules| rules.judge(attributes));
@@ -183,6 +189,25 @@ impl Condition {
 
     fn or(mut of: Vec<Self>) -> Self {
         if of.len() == 1 { of.remove(0) } else { Self::Or(of.into()) }
+    }
+
+    fn asks_head(&self) -> bool {
+        match self {
+            Self::And(of) | Self::Or(of) => of.iter().any(Self::asks_head),
+            Self::Not(of) => of.asks_head(),
+            Self::Header(header) => header.is_of_header(),
+            Self::Metadata(_) => true,
+            Self::Any
+            | Self::UrlPath(_)
+            | Self::Template(_)
+            | Self::DestinationIp(_)
+            | Self::DestinationPort(_)
+            | Self::ServerName(_)
+            | Self::Authenticated(_)
+            | Self::DirectRemoteIp(_)
+            | Self::RemoteIp(_)
+            | Self::PeerPrincipal(_) => false,
+        }
     }
 
     /// Whether it holds. What is absent satisfies nothing, so that a negation of it does.
@@ -282,6 +307,23 @@ mod tests {
     fn header(name: &str, value: &str) -> HeaderMatcher {
         let value = HeaderValueMatch::String(StringMatcher::exact(value));
         HeaderMatcher { name: name.into(), value, invert: false, treat_missing_as_empty: false }
+    }
+
+    #[test]
+    fn what_a_verdict_may_rest_on() {
+        let header = |name: &str| {
+            let value = HeaderValueMatch::Present(true);
+            Permission::Header(HeaderMatcher { name: name.into(), value, invert: false, treat_missing_as_empty: false })
+        };
+        for (permission, asks) in [
+            (Permission::Any, false),
+            (header(":method"), false),
+            (header("x"), true),
+            (Permission::Not(Box::new(Permission::And(vec![Permission::Any, header("x")]))), true),
+        ] {
+            let rbac = with(RbacAction::Deny, &[("p", permission, Principal::Any)]);
+            assert_eq!(rbac.asks_head(), asks, "{rbac:?}");
+        }
     }
 
     #[test]

@@ -220,6 +220,7 @@ cells! {
         counter rq_5xx: "downstream_rq_5xx", "5xx.";
         counter rq_rx_reset: "downstream_rq_rx_reset", "Requests reset by the client.";
         counter rq_tx_reset: "downstream_rq_tx_reset", "Requests reset by us.";
+        counter rq_policy_close: "downstream_rq_policy_close", "Streams ended because a new policy would not admit them.";
         counter rq_timeout: "downstream_rq_timeout", "Requests that did not arrive in time.";
         counter rq_idle_timeout: "downstream_rq_idle_timeout", "Streams that were idle for too long.";
         counter rq_too_large: "downstream_rq_too_large", "Requests with too large headers or body.";
