@@ -15,6 +15,11 @@ use super::side::LIMIT;
 /// Bytes before a gRPC message: no compression, and its length.
 const PREFIX: usize = 5;
 
+/// What a websocket asks for.
+pub(super) const SOCKET: &str = "/ws";
+/// What a gRPC stream asks for.
+pub(super) const STREAM: &str = "/soak.Echo/Chat";
+
 /// One of them.
 pub(super) enum Live {
     /// Bytes, once the head is over.
@@ -40,8 +45,10 @@ pub(super) async fn session(at: SocketAddr) -> Result<Live> {
 pub(super) async fn websocket(at: SocketAddr) -> Result<Live> {
     let mut tcp = TcpStream::connect(at).await.context("a websocket")?;
     tcp.set_nodelay(true)?;
-    let ask = "GET /ws HTTP/1.1\r\nhost: a\r\nupgrade: websocket\r\nconnection: Upgrade\r\n\
-               sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-version: 13\r\n\r\n";
+    let ask = format!(
+        "GET {SOCKET} HTTP/1.1\r\nhost: a\r\nupgrade: websocket\r\nconnection: Upgrade\r\n\
+         sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-version: 13\r\n\r\n"
+    );
     tcp.write_all(ask.as_bytes()).await?;
     let head = timeout(LIMIT, head(&mut tcp)).await.context("a websocket's answer")??;
     ensure!(head.starts_with("HTTP/1.1 101"), "a websocket is answered {head}");
@@ -79,7 +86,7 @@ pub(super) async fn http2(at: SocketAddr) -> Result<SendRequest<Bytes>> {
 /// When it is refused.
 pub(super) async fn stream(connection: &SendRequest<Bytes>) -> Result<Live> {
     let mut sender = connection.clone().ready().await?;
-    let request = Request::post("http://a/soak.Echo/Chat")
+    let request = Request::post(format!("http://a{STREAM}"))
         .header("content-type", "application/grpc")
         .header("te", "trailers")
         .body(())?;

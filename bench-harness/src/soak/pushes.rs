@@ -13,7 +13,7 @@ use proxy_config::xds::Any;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::crowd::{Crowd, open};
-use super::live::{http2, session, stream, websocket};
+use super::live::{SOCKET, STREAM, http2, session, stream, websocket};
 use super::pair::Pair;
 use super::side::{LIMIT, Side, free};
 use super::world::{ROUND, app_cluster};
@@ -105,6 +105,7 @@ pub(super) async fn run(args: &Args) -> Result<Outcome> {
     outcome.expect(gone == 0, || format!("{gone} disconnects, as {:?}", scene.crowd.ends));
     scene.counted(identical, &mut outcome).await?;
     scene.tighten(&mut outcome).await?;
+    scene.tighten_requests(&mut outcome).await?;
     Ok(outcome)
 }
 
@@ -285,6 +286,37 @@ impl Scene {
         outcome.expect(wrongly == 0, || format!("{wrongly} connections ended that policy is not about"));
         outcome.expect(counted == expected, || format!("{counted} closes were counted instead of {expected}"));
         outcome.expect(elsewhere == 0, || format!("{elsewhere} closes were counted where policy did not change"));
+        Ok(())
+    }
+}
+
+impl Scene {
+    /// The policy of requests, where connections were kept so far, lets none of them pass any more: websockets end at once,
+    /// streams with their next message, and sessions of the other listener have nothing to do with it.
+    async fn tighten_requests(&mut self, outcome: &mut Outcome) -> Result<()> {
+        let (near, far) = (&self.pair.near, &self.pair.far);
+        let (sockets, streams) = (self.crowd.living("websocket-kept"), self.crowd.living("stream-kept"));
+        let before = self.crowd.all();
+        let denied = self.pair.way("http-kept").inbound_without(&[&near.id()], &[SOCKET, STREAM]);
+        far.ads.set(Kind::Listener, "http-kept", denied);
+        acknowledged(&far.ads, Kind::Listener).await;
+        self.crowd.shrinks_to(before - sockets).await?;
+        // Policy that is acknowledged is served a moment later.
+        let end = Instant::now() + LIMIT;
+        while self.crowd.living("stream-kept") > 0 && Instant::now() < end {
+            self.crowd.speak(0, true).await?;
+        }
+        let closed = far.metric("envoy_http_downstream_cx_policy_close", "http-kept").await?;
+        let ended = far.metric("envoy_http_downstream_rq_policy_close", "http-kept").await?;
+        let left = self.crowd.all();
+        outcome.say(format!(
+            "policy of requests tightened: {closed} closes for {sockets} websockets, {ended} ends for {streams} streams \
+             counted; {left} of {} others live",
+            before - sockets - streams
+        ));
+        outcome.expect(closed == sockets as u64, || format!("{closed} of {sockets} websockets were counted"));
+        outcome.expect(ended == streams as u64, || format!("{ended} of {streams} streams were counted"));
+        outcome.expect(left == before - sockets - streams, || format!("{left} live"));
         Ok(())
     }
 }

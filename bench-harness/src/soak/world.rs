@@ -63,7 +63,12 @@ impl Way {
 
     /// The second proxy's listener, for these SPIFFE ids.
     pub(super) fn inbound(&self, principals: &[&str]) -> Any {
-        let deny = vec![resources::deny_path(FORBIDDEN)];
+        self.inbound_without(principals, &[FORBIDDEN])
+    }
+
+    /// The same, where nobody may ask for these paths.
+    pub(super) fn inbound_without(&self, principals: &[&str], paths: &[&str]) -> Any {
+        let deny = paths.iter().map(|path| resources::deny_path(path)).collect();
         let plain = match self.http {
             true => resources::http_listener(self.name, self.far, self.name, deny),
             false => resources::tcp_listener(self.name, self.far, "app-tcp"),
