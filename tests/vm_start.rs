@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bench_harness::istiod::ads::{self, Ads};
-use bench_harness::istiod::{Answer, Istiod, Setup, resources};
+use bench_harness::istiod::{Answer, Ca, Istiod, Setup, resources};
 use istio_proxy::xds::{DeltaDiscoveryRequest, HEALTH, Kind, Request};
 use prost::Message;
 use support::{BINARY, LIMIT, Proxy, free_ports, http};
@@ -151,11 +151,16 @@ async fn plane(front: SocketAddr, app: SocketAddr) -> (Istiod, Arc<Ads>) {
 
 /// The binary as the start script starts it.
 fn start(folder: &Path, istiod: &Istiod, ready: u16) -> Proxy {
+    start_with(folder, istiod, ready, &[])
+}
+
+/// The same with more variables.
+fn start_with(folder: &Path, istiod: &Istiod, ready: u16, more: &[(&str, &str)]) -> Proxy {
     let mut command = Command::new(BINARY);
     command.args(["proxy", "sidecar", "--proxyLogLevel=warning", "--log_output_level=default:info"]);
     command.args(["--admin-port", "0", "--metrics-port", "0", "--concurrency", "1"]);
     command.args(["--status-port", &ready.to_string()]);
-    command.current_dir(folder).env_clear().envs(environment(istiod.address()));
+    command.current_dir(folder).env_clear().envs(environment(istiod.address())).envs(more.iter().copied());
     Proxy::spawn(command)
 }
 
@@ -244,6 +249,29 @@ async fn renewals_leave_the_stream_alone_and_the_next_one_shows_the_newest() {
     istiod.server.hang_up();
     let again = ads.hears(|heard| heard.stream == 2).await;
     assert!(again.certified);
+    proxy.signal("TERM");
+    assert_eq!(proxy.wait(), 0);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cas_that_istiod_names_later_are_trusted_and_renew_the_certificate() {
+    let app = App::start();
+    let [front, ready] = free_ports();
+    let front: SocketAddr = ([127, 0, 0, 1], front).into();
+    let (istiod, ads) = plane(front, app.echo).await;
+    let further = Ca::new("further").expect("a CA");
+    ads.set(Kind::ProxyConfig, "", resources::trusting(&[&further.root()]));
+    ads.hold(Kind::ProxyConfig);
+    let folder = tempfile::tempdir().expect("a folder");
+    lay_out(folder.path(), &istiod, app.health);
+    let mut proxy = start_with(folder.path(), &istiod, ready, &[("PROXY_CONFIG_XDS_AGENT", "true")]);
+    proxy.wait_for_line("workload certificate until");
+    ads.hears(|heard| heard.request.type_url() == Kind::ProxyConfig.url()).await;
+    ads.release(Kind::ProxyConfig);
+    proxy.wait_for_line("the mesh's roots have changed");
+    proxy.wait_for_line("workload certificate until");
+    assert_eq!(istiod.ca.calls().len(), 2);
+    assert!(ads.heard.all().iter().all(|heard| heard.request.type_url() == HEALTH || heard.request.error().is_none()));
     proxy.signal("TERM");
     assert_eq!(proxy.wait(), 0);
 }

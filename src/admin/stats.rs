@@ -107,3 +107,23 @@ fn of_cluster(cluster: &Arc<ClusterShared>, out: &mut Vec<Sample>) {
 fn signed(n: u64) -> i64 {
     i64::try_from(n).unwrap_or(i64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_left_of_a_certificate_is_told_in_seconds_and_below_zero_when_it_is_over() {
+        let (root, _) = crate::ca::Root::generate("test").unwrap();
+        let hour = std::time::Duration::from_secs(3600);
+        let (chain, key) = root.sign(&"spiffe://td/ns/a/sa/b".parse().unwrap(), hour).unwrap();
+        let identity = Identity::from_pem(chain.as_bytes(), key.as_bytes()).unwrap();
+        let end = identity.info[0].not_after;
+        for left in [60, -1] {
+            let sample = expiry("file-cert:a\"b", &identity, end - left).unwrap();
+            assert_eq!(sample.value, Value::Gauge(left));
+            let name = "istio_agent_cert_expiry_seconds{resource_name=\"file-cert:a\\\"b\"}";
+            assert_eq!(sample.text_name(), name);
+        }
+    }
+}

@@ -34,7 +34,7 @@ pub(super) fn begin(agent: &Bootstrap) -> Result<(Control, Option<Reports>)> {
     let certs = match (&agent.identity, identity::Settings::of(agent, node)) {
         (Identity::Files(files), _) => {
             identity::serve_mounted(agent.identity_socket.clone(), files.clone());
-            Certs::Mounted { files: files.clone(), revoked }
+            Certs::Mounted { files: files.clone(), revoked, anchors }
         }
         (_, Some(settings)) => {
             Certs::Issued { news: identity::start(identity::Settings { anchors, ..settings }), revoked }

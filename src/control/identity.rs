@@ -34,6 +34,8 @@ pub enum Certs {
         files: PemFiles,
         /// Revocation lists of the mesh's CAs; none while the file is not there.
         revoked: Option<PathBuf>,
+        /// Further CAs that the mesh trusts, PEM, as the control plane says them.
+        anchors: Option<watch::Receiver<Vec<String>>>,
     },
     /// Asked for while we run; until it comes, what needs it cannot serve.
     Issued {
@@ -52,9 +54,10 @@ impl Certs {
         match self {
             Self::None => Ok(old.clone()),
             Self::Folder(folder) => old.renewed(folder).map_err(|e| anyhow!(e)),
-            Self::Mounted { files, revoked } => {
+            Self::Mounted { files, revoked, anchors } => {
                 let identity = Identity::from_files(&files.chain, &files.key).map_err(|e| anyhow!(e))?;
-                let roots = Roots::from_file(&files.root).map_err(|e| anyhow!(e))?;
+                let more = anchors.as_ref().map(|anchors| anchors.borrow().clone()).unwrap_or_default();
+                let roots = Roots::from_file_and(&files.root, &more).map_err(|e| anyhow!(e))?;
                 with_revoked(old.with_identity(WORKLOAD, identity).with_roots(MESH_ROOTS, roots), revoked.as_deref())
             }
             Self::Issued { news, revoked } => with_revoked(old.updated(&news.borrow().secrets), revoked.as_deref()),
@@ -93,10 +96,16 @@ impl Certs {
         Some(news.clone())
     }
 
+    /// Waits for other CAs that the mesh trusts, where files hold the rest; for ever, where nobody says them.
+    pub(super) fn anchors(&self) -> Option<watch::Receiver<Vec<String>>> {
+        let Self::Mounted { anchors, .. } = self else { return None };
+        anchors.clone()
+    }
+
     /// The files that are read.
     pub(super) fn files(&self) -> Vec<PathBuf> {
         match self {
-            Self::Mounted { files, revoked } => {
+            Self::Mounted { files, revoked, .. } => {
                 [&files.chain, &files.key, &files.root].into_iter().chain(revoked).cloned().collect()
             }
             Self::Issued { revoked, .. } => revoked.iter().cloned().collect(),

@@ -37,6 +37,7 @@ use tokio::sync::mpsc;
 use tokio::sync::watch as channel;
 
 pub use identity::Certs;
+pub use stream::CHECKS;
 
 use crate::dns::Resolver;
 use crate::snapshot::{self, Snapshot};
@@ -44,13 +45,6 @@ use crate::tls::Secrets;
 use crate::xds;
 use names::Names;
 use watch::{Wake, Watcher};
-
-/// What must not be accepted from a control plane, because it could not be enforced.
-pub const CHECKS: xds::Checks = xds::Checks {
-    listener: snapshot::check::listener,
-    cluster: snapshot::check::cluster,
-    filter: snapshot::check::http_filter,
-};
 
 /// Where configuration comes from.
 #[derive(Debug, Clone)]
@@ -404,6 +398,7 @@ impl Control {
 pub async fn run(mut control: Control, publish: channel::Sender<Arc<Published>>, mut asked: mpsc::Receiver<()>) {
     let mut watcher = Watcher::new(&control.folders());
     let mut issued = control.settings.certs.changes();
+    let mut anchors = control.settings.certs.anchors();
     let mut stream = match &control.settings.input {
         Input::Stream(stream) => {
             tokio::spawn(heal::run(publish.subscribe(), stream.asks.clone()));
@@ -428,6 +423,7 @@ pub async fn run(mut control: Control, publish: channel::Sender<Arc<Published>>,
             wake = watcher.wake() => wake == Wake::Event || control.stamps != control.stamps_now(),
             Some(()) = asked.recv() => true,
             () = changed(&mut issued) => true,
+            () = changed(&mut anchors) => true,
             () = changed(&mut stream) => match control.take_in_endpoints() {
                 Some(news) => {
                     publish.send_replace(news);

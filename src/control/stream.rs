@@ -1,11 +1,19 @@
-//! The push that comes most often, taken in without a look at anything that it does not concern.
+//! What of the stream is taken in how: what is accepted at all, and the push that comes most often, without a look at
+//! anything that it does not concern.
 
 use std::sync::Arc;
 
 use proxy_config::Model;
 
 use super::{Control, Input, Published};
-use crate::snapshot;
+use crate::{snapshot, xds};
+
+/// What must not be accepted from a control plane, because it could not be enforced.
+pub const CHECKS: xds::Checks = xds::Checks {
+    listener: snapshot::check::listener,
+    cluster: snapshot::check::cluster,
+    filter: snapshot::check::http_filter,
+};
 
 impl Control {
     /// Takes in the stream's next update where it is about load assignments only, without a look at anything else; the

@@ -97,11 +97,18 @@ fn mounted_files_are_read_and_followed() {
         key: at("key.pem"),
         root: at("root-cert.pem"),
     };
-    let mounted = Certs::Mounted { files, revoked: None };
+    let (say, anchors) = channel::channel(Vec::new());
+    let mounted = Certs::Mounted { files, revoked: None, anchors: Some(anchors) };
     let mut control = Control::start(settings(dir.path(), mounted)).unwrap();
     assert!(control.published().snapshot.secrets().identity("default").is_some() && control.reload().is_none());
     sign();
     assert_eq!(control.reload().unwrap().version, 2);
+    // CAs that the control plane names are trusted beside the file's.
+    let (further, _) = crate::ca::Root::generate("further").unwrap();
+    say.send_replace(vec![further.certificate().to_owned()]);
+    assert_eq!(control.reload().unwrap().snapshot.secrets().roots("ROOTCA").unwrap().info.len(), 2);
+    say.send_replace(Vec::new());
+    assert_eq!(control.reload().unwrap().snapshot.secrets().roots("ROOTCA").unwrap().info.len(), 1);
 }
 
 #[test]

@@ -212,6 +212,12 @@ impl Roots {
         Self::from_pem(&read(path)?).map_err(|e| format!("{}: {e}", path.display()))
     }
 
+    /// The same from a file and further PEM texts.
+    pub fn from_file_and(path: &Path, more: &[String]) -> Result<Self, String> {
+        let own = [read(path)?, more.join("\n").into_bytes()].join(&b'\n');
+        Self::from_pem(&own).map_err(|e| format!("{}: {e}", path.display()))
+    }
+
     /// The certificates as PEM.
     pub fn pem(&self) -> String {
         all_pem(&self.all)

@@ -25,6 +25,9 @@ use crate::model::{HttpFilter, IstioStats, Severity};
 /// Filters that decide who may pass.
 const SECURITY: [&str; 6] = ["ext_authz", "rbac", "jwt_authn", "oauth2", "basic_auth", "api_key_auth"];
 
+/// Somebody's code: nobody knows whom it keeps out. One that lets pass when it does not run is not refused.
+const CODE: [&str; 2] = ["envoy.extensions.filters.http.lua.v3.Lua", "envoy.extensions.filters.http.wasm.v3.Wasm"];
+
 /// Filters that do nothing unless a route or a peer of ours asks, which never happens here.
 const INERT: [&str; 2] = [
     "envoy.extensions.filters.http.stateful_session.v3.StatefulSession",
@@ -78,6 +81,8 @@ fn filter(mut of: Pb, reader: &mut Reader) -> HttpFilter {
         Some(ConfigType::TypedConfig(any)) => match typed(&name, &any, reader) {
             Ok(HttpFilter::Unsupported { name, type_url, security: false }) if optional => {
                 reader.inert.insert(format!("http filter {name}"));
+                // Whoever wrote it can do without.
+                reader.notes.iter_mut().rev().take(1).for_each(|note| note.severity = Severity::Error);
                 HttpFilter::Inert { name, type_url }
             }
             Ok(filter) => filter,
@@ -87,7 +92,8 @@ fn filter(mut of: Pb, reader: &mut Reader) -> HttpFilter {
             // RBAC stands among the types because agents put it where a plug-in could not be fetched.
             let plugin = source.type_urls.into_iter().find(|url| !is_security(type_name(url)));
             let type_url = plugin.unwrap_or_default();
-            refused(&name, &type_url, Fault::new("extension discovery is not supported"), reader)
+            // What it is nobody knows before it has come.
+            noted(&name, &type_url, Fault::new("extension discovery is not supported"), Severity::Error, reader)
         }
         None => refused(&name, "", Fault::new("no configuration"), reader),
     }
@@ -95,8 +101,14 @@ fn filter(mut of: Pb, reader: &mut Reader) -> HttpFilter {
 
 /// Keeps a filter's place and says why it does not work.
 fn refused(name: &str, type_url: &str, fault: Fault, reader: &mut Reader) -> HttpFilter {
+    let type_name = type_name(type_url);
+    let guards = is_security(name) || is_security(type_name) || CODE.contains(&type_name);
+    noted(name, type_url, fault, if guards { Severity::Security } else { Severity::Error }, reader)
+}
+
+fn noted(name: &str, type_url: &str, fault: Fault, severity: Severity, reader: &mut Reader) -> HttpFilter {
     let security = is_security(name) || is_security(type_name(type_url));
-    let severity = if security { Severity::Security } else { Severity::Error };
+    let severity = if security { Severity::Security } else { severity };
     let reject = fault.into_reject(String::new());
     let field = format!("http_filters[{name}]");
     let separator = if reject.field.is_empty() { "" } else { "." };
@@ -104,7 +116,8 @@ fn refused(name: &str, type_url: &str, fault: Fault, reader: &mut Reader) -> Htt
     HttpFilter::Unsupported { name: name.to_owned(), type_url: type_url.to_owned(), security }
 }
 
-fn is_security(name: &str) -> bool {
+/// Whether a filter decides who may pass, by its name or its type's.
+pub(super) fn is_security(name: &str) -> bool {
     name.split('.').any(|part| SECURITY.contains(&part))
 }
 
@@ -230,7 +243,9 @@ fn metric(of: super::messages::MetricConfig) -> Value {
 
 #[cfg(test)]
 mod tests {
+    use envoy_types::pb::envoy::config::core::v3::ExtensionConfigSource;
     use envoy_types::pb::envoy::extensions::filters::http::rbac::v3::Rbac;
+    use envoy_types::pb::envoy::extensions::wasm::v3::PluginConfig;
     use envoy_types::util::pack_any;
 
     use super::*;
@@ -255,6 +270,7 @@ mod tests {
                 pb("a", unknown("envoy.extensions.filters.http.ext_authz.v3.ExtAuthz")),
                 pb("b", unknown("envoy.extensions.filters.http.lua.v3.Lua")),
                 Pb { is_optional: true, ..pb("c", unknown("envoy.extensions.filters.http.lua.v3.Lua")) },
+                pb("e", unknown("envoy.extensions.filters.http.buffer.v3.Buffer")),
                 pb("d", unknown("envoy.extensions.filters.http.stateful_session.v3.StatefulSession")),
             ],
             &mut reader,
@@ -262,9 +278,12 @@ mod tests {
         assert!(matches!(out[0], HttpFilter::Unsupported { security: true, .. }));
         assert!(matches!(out[1], HttpFilter::Unsupported { security: false, .. }));
         assert!(matches!(out[2], HttpFilter::Inert { .. }));
-        assert!(matches!(out[3], HttpFilter::Inert { .. }));
-        assert_eq!(reader.notes[0].severity, Severity::Security);
-        assert_eq!(reader.notes[1].severity, Severity::Error);
+        assert!(matches!(out[3], HttpFilter::Unsupported { security: false, .. }));
+        assert!(matches!(out[4], HttpFilter::Inert { .. }));
+        // Code that may keep somebody out refuses its listener; what is optional or only changes traffic does not.
+        let severities: Vec<Severity> = reader.notes.iter().map(|note| note.severity).collect();
+        use Severity::{Error, Security};
+        assert_eq!(severities, [Security, Security, Error, Error]);
         assert_eq!(reader.inert.len(), 2);
     }
 
@@ -275,6 +294,26 @@ mod tests {
         let out = read(vec![pb("envoy.filters.http.rbac", pack_any(message))], &mut reader);
         assert!(matches!(out[0], HttpFilter::Unsupported { security: true, .. }));
         assert_eq!(reader.notes[0].reason, "matcher is not supported");
+    }
+
+    #[test]
+    fn a_plug_in_that_fails_closed_is_a_security_matter_once_it_is_known() {
+        let severity = |policy: FailurePolicy| {
+            let plugin = PluginConfig { failure_policy: policy.into(), ..Default::default() };
+            let mut reader = Reader::default();
+            read(vec![pb("w", pack_any(Wasm { config: Some(plugin) }))], &mut reader);
+            reader.notes.first().map(|note| note.severity)
+        };
+        assert_eq!(severity(FailurePolicy::FailOpen), None);
+        assert_eq!(severity(FailurePolicy::FailClosed), Some(Severity::Security));
+        let mut reader = Reader::default();
+        let source = ExtensionConfigSource {
+            type_urls: vec!["type.googleapis.com/envoy.extensions.filters.http.wasm.v3.Wasm".to_owned()],
+            ..Default::default()
+        };
+        let config_type = Some(ConfigType::ConfigDiscovery(source));
+        read(vec![Pb { name: "w".to_owned(), config_type, ..Default::default() }], &mut reader);
+        assert_eq!(reader.notes[0].severity, Severity::Error);
     }
 
     #[test]

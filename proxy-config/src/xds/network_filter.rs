@@ -96,7 +96,9 @@ pub(super) fn exchange_json(config: &Value, reader: &mut Reader) -> MetadataExch
 }
 
 fn refused(name: &str, type_url: &str, fault: Fault, reader: &mut Reader) -> NetworkFilter {
-    let security = [name, type_name(type_url)].iter().any(|n| n.split('.').any(|p| matches!(p, "rbac" | "ext_authz")));
+    // Somebody's code may keep people out.
+    let guards = |name: &&str| name.split('.').any(|part| matches!(part, "rbac" | "ext_authz" | "wasm"));
+    let security = [name, type_name(type_url)].iter().any(guards);
     let severity = if security { Severity::Security } else { Severity::Error };
     let reject = fault.into_reject(String::new());
     reader.note(&format!("filters[{name}]{}", reject.field), reject.reason, severity);

@@ -11,7 +11,7 @@ use envoy_types::pb::envoy::extensions::filters::http::fault::v3::{HttpFault, fa
 use envoy_types::pb::google::protobuf::Any;
 
 use super::context::{At, Fault as Refusal, Read, Reader, each, type_name};
-use super::{matcher, rbac, route_action, value};
+use super::{http_filter, matcher, rbac, route_action, value};
 use crate::model::{
     AppendAction, CorsPolicy, Fault, HeaderOps, HeaderSet, Name, PathMatch, Route, RouteAction, RouteMatch, RouteTable,
     Severity, VirtualHost,
@@ -174,7 +174,10 @@ fn filters(of: HashMap<String, Any>, reader: &mut Reader) -> Read<Filters> {
             HTTP_FAULT => out.fault = fault(reader.unpack(&any).at(&path)?, &mut out.unsupported, reader),
             CORS => out.cors = cors(reader.unpack(&any).at(&path)?, reader).at(&path)?,
             other => {
-                reader.note(&path, format!("{other} is not supported"), Severity::Error);
+                // A guard that a route sets otherwise than its listener is not passed by either.
+                let guards = http_filter::is_security(&name) || http_filter::is_security(other);
+                let severity = if guards { Severity::Security } else { Severity::Error };
+                reader.note(&path, format!("{other} is not supported"), severity);
                 out.unsupported.push(name);
             }
         }
@@ -264,6 +267,20 @@ mod tests {
         let RouteAction::Forward(forward) = read.action else { panic!("forward") };
         assert_eq!((&*forward.clusters[0].name, forward.clusters[0].weight), ("c", 1));
         assert!(reader.unread.is_empty() && reader.notes.is_empty());
+    }
+
+    #[test]
+    fn a_guard_that_a_route_sets_is_a_security_matter_and_other_filters_are_not() {
+        let mut reader = Reader::default();
+        let of = |name: &str, kind: &str| {
+            let type_url = format!("type.googleapis.com/envoy.extensions.filters.http.{kind}");
+            (name.to_owned(), Any { type_url, value: Vec::new() })
+        };
+        let both = HashMap::from([of("a", "rbac.v3.RBACPerRoute"), of("b", "buffer.v3.BufferPerRoute")]);
+        let read = filters(both, &mut reader).expect("noted");
+        assert_eq!(read.unsupported, ["a", "b"]);
+        let severities: Vec<Severity> = reader.notes.iter().map(|note| note.severity).collect();
+        assert_eq!(severities, [Severity::Security, Severity::Error]);
     }
 
     #[test]
