@@ -1,6 +1,7 @@
 //! The real proxy, in this process, against a control plane that behaves well, badly, and not at all.
 
 use std::net::SocketAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -51,10 +52,10 @@ async fn plane_as(setup: Setup) -> (Istiod, Arc<ads::Ads>) {
     (istiod, ads)
 }
 
-async fn proxy(planes: &[&Istiod]) -> Proxy {
-    let files = tempfile::tempdir().expect("a folder");
+/// How a proxy reaches them; its files are in a folder.
+fn discovery(planes: &[&Istiod], files: &Path) -> xds::Settings {
     let server = |(at, plane): (usize, &&Istiod)| {
-        let root = files.path().join(format!("root-{at}.pem"));
+        let root = files.join(format!("root-{at}.pem"));
         std::fs::write(&root, plane.roots()).expect("written");
         Server {
             address: plane.address().to_string(),
@@ -64,12 +65,10 @@ async fn proxy(planes: &[&Istiod]) -> Proxy {
             keepalive: None,
         }
     };
-    let token = files.path().join("token");
+    let token = files.join("token");
     std::fs::write(&token, "tok:a:b\n").expect("written");
     let headers = vec![("ClusterID".to_owned(), "Kubernetes".to_owned())];
-    let (health, reports) = watch::channel(None);
-    let telemetry = Telemetry::new(NodeLabels::default());
-    let settings = xds::Settings {
+    xds::Settings {
         options: Options {
             delta: true,
             node: Bytes::from_static(b"\x0a\x04node"),
@@ -79,8 +78,14 @@ async fn proxy(planes: &[&Istiod]) -> Proxy {
         },
         servers: planes.iter().enumerate().map(server).collect(),
         credentials: Credentials { token: Some(token), headers },
-    };
-    let stream = xds::start(settings, reports);
+    }
+}
+
+async fn proxy(planes: &[&Istiod]) -> Proxy {
+    let files = tempfile::tempdir().expect("a folder");
+    let (health, reports) = watch::channel(None);
+    let telemetry = Telemetry::new(NodeLabels::default());
+    let stream = xds::start(discovery(planes, files.path()), reports);
     let asks = stream.asks.clone();
     let control = Control::start(control::Settings {
         input: Input::Stream(stream),

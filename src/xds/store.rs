@@ -34,6 +34,7 @@ struct Entry<T> {
 struct Good<T> {
     value: Arc<T>,
     /// Filters to be discovered; only listeners have any.
+    #[allow(clippy::box_collection, reason = "most of many thousand resources have none: a word each, not three")]
     extensions: Option<Box<BTreeSet<String>>>,
 }
 

@@ -92,7 +92,7 @@ impl World {
             match event["ev"].as_str().unwrap_or_default() {
                 "tls" => {
                     accepted += 1;
-                    first = first.or(event["t_ms"].as_u64());
+                    first = first.or_else(|| event["t_ms"].as_u64());
                     let length = event["client_cert"]["chain_len"].as_u64().unwrap_or(0);
                     chains.insert(event["conn"].as_u64().unwrap_or(0), length);
                 }

@@ -333,12 +333,15 @@ where
     Ok(Response::new(ReceiverStream::new(answers)))
 }
 
+/// A form's requests as ours, and our responses in that form.
+type Forms<Q, R> = (fn(Q) -> Request, fn(DeltaDiscoveryResponse) -> R);
+
 async fn talk<Q, R>(
     ads: Arc<Ads>,
     mut session: Session,
     mut requests: Streaming<Q>,
     send: mpsc::Sender<Result<R, Status>>,
-    (asked, told): (fn(Q) -> Request, fn(DeltaDiscoveryResponse) -> R),
+    (asked, told): Forms<Q, R>,
 ) {
     let mut orders = ads.orders.subscribe();
     let silent = ads.world().silent;

@@ -222,7 +222,7 @@ impl Scene {
     /// The stream ends, or its connection does, and is taken up again.
     fn disturb(&self, round: usize) {
         for side in [&self.pair.near, &self.pair.far] {
-            if round % 50 == 0 {
+            if round.is_multiple_of(50) {
                 side.istiod.server.hang_up();
             } else {
                 side.ads.end(None);

@@ -117,7 +117,7 @@ impl<V: Clone> Pieces<V> {
 
     /// All values, to be changed.
     pub fn values_mut(&mut self) -> impl Iterator<Item = &mut V> {
-        self.0.iter_mut().flat_map(|piece| Arc::make_mut(piece)).map(|(_, value)| value)
+        self.0.iter_mut().flat_map(Arc::make_mut).map(|(_, value)| value)
     }
 }
 

@@ -168,9 +168,7 @@ mod tests {
         let said = LocalityLbEndpoints { lb_endpoints: vec![one("10.0.0.1"), one("10.0.0.2")], ..Default::default() };
         let read = locality(said, &mut Reader::default()).expect("valid").endpoints;
         assert!(read[0].transport_labels.same(&read[1].transport_labels) && read[0].metadata.same(&read[1].metadata));
-        assert!(
-            Name::as_ptr(&read[0].workload) == Name::as_ptr(&read[1].workload) && read[0].address != read[1].address
-        );
+        assert!(Name::ptr_eq(&read[0].workload, &read[1].workload) && read[0].address != read[1].address);
         assert_eq!(read.capacity(), 2, "no room is kept for more");
     }
 
