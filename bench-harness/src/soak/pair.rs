@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -15,7 +16,7 @@ use super::world::{self, FORBIDDEN, Way};
 use crate::istiod::Ca;
 
 /// Between two tries of something that is not there yet.
-const TRY: std::time::Duration = std::time::Duration::from_millis(2);
+const TRY: Duration = Duration::from_millis(2);
 
 /// The test's mesh.
 pub(super) struct Pair {
@@ -58,18 +59,19 @@ impl Pair {
         Ok(())
     }
 
-    /// Kills one of the proxies, starts it again; how long until a request is answered by the application.
+    /// Kills one of the proxies, starts it again; how long until a request is answered by the application, and the CPU time
+    /// that the new process took by then.
     ///
     /// # Errors
     /// When it is not answered at all.
-    pub(super) async fn kill(&mut self, near: bool) -> Result<std::time::Duration> {
+    pub(super) async fn kill(&mut self, near: bool) -> Result<(Duration, Duration)> {
         let way = self.ways[0];
         let side = if near { &mut self.near } else { &mut self.far };
         let start = Instant::now();
         side.kill();
         side.start(&self.proxy)?;
         timeout(LIMIT, until_open(way)).await.with_context(|| format!("no answer; {}", side.printed()))?;
-        Ok(start.elapsed())
+        Ok((start.elapsed(), side.cpu()))
     }
 
     /// Whether policy and mTLS are on: a path that is denied is, and whoever has no certificate gets no answer.

@@ -105,6 +105,11 @@ impl Side {
         self.process.as_ref().map_or(0, Running::resident_bytes)
     }
 
+    /// CPU time of the process since its last start.
+    pub(super) fn cpu(&self) -> Duration {
+        self.process.as_ref().map_or(Duration::ZERO, Running::cpu)
+    }
+
     /// What it logged since its last start.
     pub(super) fn printed(&self) -> String {
         self.process.as_ref().map(Running::printed).unwrap_or_default()
