@@ -1,4 +1,4 @@
-//! What a silent connection costs in memory: many are opened, each serves one request, then nobody says anything.
+//! What a silent connection costs in memory: many are opened, each serves one request or none, then nobody says anything.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,8 +13,25 @@ use super::load::{Args, SERVER_NAME, answer, request};
 use super::rig::Peer;
 use crate::child::resident_bytes;
 
-/// Cases with the one whose configuration they have.
-pub(super) const CASES: [(&str, usize); 2] = [("idle-clear", 0), ("idle-mtls", 1)];
+/// One way of being silent.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Case {
+    /// Name in the table.
+    pub(super) name: &'static str,
+    /// Index of the case whose configuration it has.
+    pub(super) base: usize,
+    /// The clients never say anything.
+    pub(super) mute: bool,
+    /// Most bytes that ours may take for each.
+    most: u64,
+}
+
+/// All of them.
+pub(super) const CASES: [Case; 3] = [
+    Case { name: "idle-mute", base: 0, mute: true, most: 6_000 },
+    Case { name: "idle-clear", base: 0, mute: false, most: 6_000 },
+    Case { name: "idle-mtls", base: 1, mute: false, most: 14_000 },
+];
 /// Requests before anything is counted, so that what is made once is made.
 const WARM: usize = 200;
 /// Long enough for a proxy to notice the silence, and for allocators to give back what the handshakes took.
@@ -35,6 +52,14 @@ pub(super) struct Idle {
     pub(super) case: &'static str,
     pub(super) peer: Peer,
     pub(super) held: Held,
+    /// See [`Case::most`].
+    most: u64,
+}
+
+impl Idle {
+    pub(super) fn new(case: &Case, peer: Peer, held: Held) -> Self {
+        Self { case: case.name, peer, held, most: case.most }
+    }
 }
 
 trait Stream: AsyncRead + AsyncWrite + Unpin {}
@@ -55,7 +80,11 @@ pub(super) async fn hold(args: &Args, tls: Option<TlsConnector>) -> Result<Held>
     let before = resident_bytes(pid);
     let mut open_ones = Vec::with_capacity(args.connections);
     for _ in 0..args.connections {
-        open_ones.push(open(args, tls.as_ref(), &said).await?);
+        if args.mute {
+            open_ones.push(Box::new(TcpStream::connect(args.target).await?) as Box<dyn Stream>);
+        } else {
+            open_ones.push(open(args, tls.as_ref(), &said).await?);
+        }
     }
     tokio::time::sleep(SILENCE).await;
     // Allocators give back when they are asked for something.
@@ -94,4 +123,39 @@ pub(super) fn text(all: &[Idle]) -> String {
         format!("{:<16} {name:<12} {connections:>6} connections {bytes_each:>7} bytes each\n", idle.case)
     };
     all.iter().map(line).collect()
+}
+
+/// Limits that ours went beyond.
+pub(super) fn missed(all: &[Idle]) -> Vec<String> {
+    let ours = all.iter().filter(|idle| idle.peer == Peer::IstioProxy && idle.held.bytes_each > idle.most);
+    let line = |idle: &Idle| {
+        format!("{}: {} bytes for a silent connection, at most {}", idle.case, idle.held.bytes_each, idle.most)
+    };
+    ours.map(line).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn silence_has_its_price() {
+        let idle = |case: &Case, peer, bytes_each| Idle::new(case, peer, Held { connections: 1, bytes_each });
+        let [mute, clear, mtls] = &CASES;
+        let kept = [
+            idle(mute, Peer::IstioProxy, 6_000),
+            idle(clear, Peer::Envoy, 60_000),
+            idle(clear, Peer::IstioProxy, 6_000),
+            idle(mtls, Peer::IstioProxy, 14_000),
+        ];
+        assert!(missed(&kept).is_empty());
+        let broken = [idle(clear, Peer::IstioProxy, 6_001), idle(mtls, Peer::IstioProxy, 14_001)];
+        assert_eq!(
+            missed(&broken),
+            [
+                "idle-clear: 6001 bytes for a silent connection, at most 6000",
+                "idle-mtls: 14001 bytes for a silent connection, at most 14000"
+            ]
+        );
+    }
 }

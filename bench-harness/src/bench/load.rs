@@ -60,6 +60,9 @@ pub struct Args {
     /// Open the connections, be silent, and read memory instead.
     #[arg(long)]
     hold: bool,
+    /// With --hold: without a request first.
+    #[arg(long)]
+    pub(super) mute: bool,
 }
 
 /// What was measured.

@@ -207,7 +207,7 @@ impl<'a> Rig<'a> {
     ///
     /// # Errors
     /// When the proxy does not start or a connection is not served.
-    pub(super) fn hold(&self, peer: Peer, connections: usize) -> Result<Held> {
+    pub(super) fn hold(&self, peer: Peer, connections: usize, mute: bool) -> Result<Held> {
         let proxy = self.start(peer, "b", &self.b)?;
         let (from, target) = self.way()?;
         let files = format!("--nofile={}:", connections + 1_000);
@@ -215,6 +215,9 @@ impl<'a> Rig<'a> {
         command.args([&files, "taskset", "-c", LOAD_CORE]).arg(std::env::current_exe()?);
         command.args(["bench-load", "--hold", "--target", &target.to_string(), "--host", &host(0)]);
         command.args(["--connections", &connections.to_string(), "--pid", &proxy.pid().to_string()]);
+        if mute {
+            command.arg("--mute");
+        }
         if let Some(certs) = self.client_certs() {
             command.arg("--certs").arg(certs);
         }
