@@ -2,11 +2,15 @@
 //!
 //! The thresholds are Envoy's, because they are visible: text without a line end is held back, binary passes at once.
 
+use std::future::poll_fn;
 use std::io;
+use std::mem::MaybeUninit;
+use std::pin::Pin;
+use std::task::{Poll, ready};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncRead, ReadBuf};
 use tokio::time::timeout;
 
 use super::Stream;
@@ -161,12 +165,12 @@ pub fn codec(bytes: &[u8]) -> Option<Codec> {
 /// an HTTP/1 connection that ends at once. `rest`: how long the other bytes of the preface may take after the first. Set a
 /// limit around it: a silent client is waited for.
 pub async fn read_codec(mut stream: Stream, rest: Duration) -> io::Result<(Codec, Stream)> {
-    let mut buffer = BytesMut::with_capacity(FIRST_READ);
-    let mut codec_of = stream.read_buf(&mut buffer).await.map(|read| first_codec(read, &buffer))?;
+    let mut buffer = BytesMut::new();
+    let mut codec_of = read_some(&mut stream, &mut buffer).await.map(|read| first_codec(read, &buffer))?;
     if codec_of.is_none() {
         let more = async {
             while codec_of.is_none() {
-                let read = stream.read_buf(&mut buffer).await?;
+                let read = read_some(&mut stream, &mut buffer).await?;
                 codec_of = first_codec(read, &buffer);
             }
             Ok::<_, io::Error>(())
@@ -174,6 +178,19 @@ pub async fn read_codec(mut stream: Stream, rest: Duration) -> io::Result<(Codec
         timeout(rest, more).await??;
     }
     Ok((codec_of.unwrap_or(Codec::Http1), stream.replay(buffer.freeze())))
+}
+
+/// Reads what has come, at most [`FIRST_READ`] bytes; 0 is the end. Memory is taken only then, and no more than it needs: a
+/// crowd that connects and says nothing costs none. The price is a copy of the first bytes.
+async fn read_some(stream: &mut Stream, buffer: &mut BytesMut) -> io::Result<usize> {
+    poll_fn(|cx| {
+        let mut bytes = [MaybeUninit::uninit(); FIRST_READ];
+        let mut read = ReadBuf::uninit(&mut bytes);
+        ready!(Pin::new(&mut *stream).poll_read(cx, &mut read))?;
+        buffer.extend_from_slice(read.filled());
+        Poll::Ready(Ok(read.filled().len()))
+    })
+    .await
 }
 
 /// `read`: bytes of the last read.
@@ -222,8 +239,7 @@ impl Sniffer {
 
     /// Reads once and looks. Cancel safe; errors as [`Sniffer::run`].
     pub async fn read(&mut self, stream: &mut Stream) -> io::Result<()> {
-        self.buffer.reserve(FIRST_READ);
-        self.found.eof = stream.read_buf(&mut self.buffer).await? == 0;
+        self.found.eof = read_some(stream, &mut self.buffer).await? == 0;
         self.done = self.found.eof || self.inspect()?;
         Ok(())
     }
@@ -289,7 +305,7 @@ pub async fn sniff(stream: &mut Stream, inspectors: Inspectors, limit: Option<Du
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use tokio::io::AsyncWriteExt;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
     use super::super::client_hello::tests::hello;
     use super::*;
@@ -367,6 +383,18 @@ mod tests {
         let raw = sniff_bytes(b"\0\0\0\0\0", false).await.unwrap();
         assert!(!raw.timed_out);
         assert_eq!(raw.prefix, &b"\0\0\0\0\0"[..]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_silent_client_costs_no_buffer() {
+        let (mut far, near) = tokio::io::duplex(64);
+        let mut near = Stream::from(near);
+        let mut sniffer = Sniffer::new(BOTH);
+        timeout(Duration::from_secs(1), sniffer.run(&mut near)).await.unwrap_err();
+        assert_eq!(sniffer.buffer.capacity(), 0);
+        far.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
+        sniffer.run(&mut near).await.unwrap();
+        assert!(sniffer.buffer.capacity() < FIRST_READ, "{}", sniffer.buffer.capacity());
     }
 
     #[tokio::test]

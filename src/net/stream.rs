@@ -125,6 +125,10 @@ impl AsyncRead for Stream {
                 let n = p.prefix.len().min(buf.remaining());
                 buf.put_slice(&p.prefix[..n]);
                 p.prefix.advance(n);
+                if p.prefix.is_empty() {
+                    // Advanced to its end it would keep its memory as long as the connection lives.
+                    p.prefix = Bytes::new();
+                }
                 Poll::Ready(Ok(()))
             }
         }
@@ -212,6 +216,23 @@ mod tests {
         assert_eq!(near.read(&mut two).await.unwrap(), 2);
         assert_eq!(near.read(&mut two).await.unwrap(), 1);
         assert_eq!(two[0], b'c');
+    }
+
+    #[tokio::test]
+    async fn replayed_bytes_are_given_back() {
+        struct Lent(std::sync::Arc<[u8; 3]>);
+        impl AsRef<[u8]> for Lent {
+            fn as_ref(&self) -> &[u8] {
+                &*self.0
+            }
+        }
+        let bytes = std::sync::Arc::new(*b"abc");
+        let (_far, near) = tokio::io::duplex(64);
+        let mut near = Stream::from(near).replay(Bytes::from_owner(Lent(bytes.clone())));
+        near.read_exact(&mut [0; 2]).await.unwrap();
+        assert_eq!(std::sync::Arc::strong_count(&bytes), 2);
+        near.read_exact(&mut [0; 1]).await.unwrap();
+        assert_eq!(std::sync::Arc::strong_count(&bytes), 1);
     }
 
     #[test]
