@@ -59,7 +59,7 @@ pub(super) struct HttpConn {
     /// Our XFCC element about this client.
     pub(super) xfcc: Option<HeaderValue>,
     /// URI names of our certificate.
-    pub(super) local_uris: Vec<String>,
+    pub(super) local_uris: Arc<[String]>,
     pub(super) metrics: Arc<CachePadded<HttpMetrics>>,
     pub(super) logs: Arc<AccessLogs>,
     /// `istio.stats` of the filters, or what stands for it without a control plane.
@@ -175,7 +175,7 @@ pub(super) async fn serve(stream: Stream, conn: Arc<Conn>, chain: &Arc<HttpChain
         }
         Codec::Http2 => {
             http.metrics.cx_http2_total.inc();
-            serve_http2(stream, &live).await
+            Box::pin(serve_http2(stream, &live)).await
         }
     };
     if let Err(error) = ended {

@@ -28,7 +28,8 @@ const FAREWELL: Duration = Duration::from_secs(1);
 
 /// Serves the connection to its end.
 pub(super) async fn serve(mut stream: Stream, live: &Arc<Live>) -> Served {
-    while let Some(silent) = speaking(stream, live).await? {
+    // Each state apart, so that silence has no room for what only speech needs.
+    while let Some(silent) = Box::pin(speaking(stream, live)).await? {
         let Some(speaks) = Box::pin(silence(silent, live)).await else { break };
         stream = speaks;
     }
@@ -62,7 +63,7 @@ async fn speaking(stream: Stream, live: &Arc<Live>) -> hyper::Result<Option<Stre
 }
 
 /// Waits for the next byte; `None`: the connection is over.
-async fn silence(mut stream: Stream, live: &Live) -> Option<Stream> {
+pub(super) async fn silence(mut stream: Stream, live: &Live) -> Option<Stream> {
     let mut drain = live.first().conn.env.drain().clone();
     let mut byte = [0];
     let goodbye: Goodbye = tokio::select! {

@@ -7,7 +7,7 @@
 //! ```ignore
 //! let env = Arc::new(Env::new(Settings { worker: 0, view, drain, node }));
 //! let destination = net::original_dst(&socket)?;
-//! tokio::spawn(proxy::serve(socket.into(), peer, local, destination, listener, Arc::clone(&env)));
+//! tokio::spawn(proxy::serve(socket.into(), peer, local, destination, listener, Arc::clone(&env), seat));
 //! ```
 
 mod body;
@@ -203,23 +203,30 @@ impl Env {
 
 /// Serves one accepted connection to its end. `local` is the address it was accepted on, `destination` the one that the
 /// client wanted (the same without redirection), `listener` the one that accepted. Dropping the future ends the
-/// connection at once.
-pub async fn serve(
+/// connection at once; `keep` is dropped with it.
+pub fn serve<K: Send>(
     stream: Stream,
     peer: SocketAddr,
     local: SocketAddr,
     destination: SocketAddr,
     listener: Arc<Listener>,
     env: Arc<Env>,
-) {
+    keep: K,
+) -> impl Future<Output = ()> + Send {
     let captured = listener.original_dst;
     let arrival = conn::Arrival { peer, local, destination, captured, listener, env };
-    // Apart, so that what a handshake needs is given back while the connection is served.
-    let Some((stream, conn, early)) = Box::pin(conn::open(stream, arrival)).await else { return };
-    match &conn.chain.terminal {
-        Terminal::Tcp(chain) => tcp::serve(stream, &conn, chain, early).await,
-        Terminal::Http(chain) => http::serve(stream, Arc::clone(&conn), chain).await,
-        // Refused when the connection was opened.
-        Terminal::Refuse(_) => {}
+    // Apart, so that what a handshake needs is given back while the connection is served. Made here and not inside, because
+    // a future keeps room for what it was made of as long as it lives.
+    let opening = Box::pin(conn::open(stream, arrival));
+    async move {
+        let _keep = keep;
+        let Some((stream, conn, early)) = opening.await else { return };
+        // The two apart from each other, because a future has room for the larger of its ways.
+        match &conn.chain.terminal {
+            Terminal::Tcp(chain) => Box::pin(tcp::serve(stream, &conn, chain, early)).await,
+            Terminal::Http(chain) => Box::pin(http::serve(stream, Arc::clone(&conn), chain)).await,
+            // Refused when the connection was opened.
+            Terminal::Refuse(_) => {}
+        }
     }
 }

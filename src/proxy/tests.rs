@@ -25,6 +25,7 @@ use crate::snapshot;
 use crate::tls::Secrets;
 
 mod export;
+mod sizes;
 
 const LIMIT: Duration = Duration::from_secs(5);
 
@@ -325,6 +326,7 @@ impl Mesh {
             at("10.0.0.1:8080"),
             Arc::clone(&self.listener),
             Arc::clone(&self.env),
+            (),
         );
         Client { stream: far, task: tokio::spawn(serving) }
     }

@@ -125,18 +125,15 @@ impl Worker {
         let destination = original.unwrap_or_else(|| canonical(local));
         // Small answers must not wait for more to send.
         let _ = tcp.set_nodelay(true);
-        let served = proxy::serve(
+        tokio::spawn(proxy::serve(
             Stream::from(tcp),
             canonical(peer),
             canonical(local),
             destination,
             listener,
             Arc::clone(&self.env),
-        );
-        tokio::spawn(async move {
-            served.await;
-            drop(seat);
-        });
+            seat,
+        ));
     }
 }
 
