@@ -344,11 +344,9 @@ impl Conn {
     }
 
     /// URI names of our workload certificate.
-    pub(super) fn local_uris(&self) -> Vec<String> {
+    pub(super) fn local_uris(&self) -> Arc<[String]> {
         let view = self.env.view();
-        let Some(identity) = view.snap.secrets().identity(WORKLOAD) else { return Vec::new() };
-        let names = identity.info.first().map(|leaf| &leaf.sans[..]).unwrap_or_default();
-        names.iter().filter(|name| name.contains("://")).cloned().collect()
+        view.snap.secrets().identity(WORKLOAD).map_or_else(Arc::default, |identity| Arc::clone(&identity.uris))
     }
 
     /// A log record with what the connection knows.

@@ -208,7 +208,7 @@ struct Account<'a> {
     details: String,
     settled: bool,
     /// URI names of our certificate.
-    local_uris: Vec<String>,
+    local_uris: Arc<[String]>,
     /// What changes the metrics, with its values.
     values: Option<(Arc<Overrides>, Values)>,
 }

@@ -44,6 +44,8 @@ pub struct Identity {
     pub(super) digest: String,
     /// What the chain says, leaf first.
     pub info: Vec<CertInfo>,
+    /// URI names of the leaf, as every connection that it serves keeps them.
+    pub uris: Arc<[String]>,
 }
 
 /// Certificates that are trusted as roots.
@@ -106,9 +108,11 @@ impl Identity {
         // A renewal that is written file by file is seen half done: the last good pair stays until they belong together.
         CertifiedKey::from_der(chain.clone(), key.clone_key(), &aws_lc_rs::default_provider())
             .map_err(|e| format!("certificate and key: {e}"))?;
-        let info = chain.iter().map(CertInfo::read).collect::<Result<_, _>>()?;
+        let info = chain.iter().map(CertInfo::read).collect::<Result<Vec<_>, _>>()?;
+        let names = info.first().map(|leaf| &leaf.sans[..]).unwrap_or_default();
+        let uris = names.iter().filter(|name| name.contains("://")).cloned().collect();
         let digest = digest(&chain);
-        Ok(Self { chain, key, digest, info })
+        Ok(Self { chain, key, digest, info, uris })
     }
 
     /// Whether a peer that trusts these roots accepts it at `now` (seconds since 1970). The clock of whoever signed it may

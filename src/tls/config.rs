@@ -32,6 +32,8 @@ struct ServerInner {
     by_alpn: Vec<(String, Arc<ServerConfig>)>,
     without_alpn: Arc<ServerConfig>,
     verifier: Option<Arc<PeerVerifier>>,
+    /// Who is connected, by certificate. Touched once per handshake, never per request.
+    peers: Mutex<Peers>,
 }
 
 /// TLS origination of one cluster, compiled; cheap to clone, shared by all workers.
@@ -49,6 +51,32 @@ struct ClientInner {
     /// One configuration for each list of protocols that was asked for. Touched once per new connection, never per
     /// request; the lists are those of the configuration, a handful. They share the sessions of the first.
     by_alpn: Mutex<HashMap<Vec<String>, Arc<ClientConfig>>>,
+}
+
+/// Peers that connections hold, so that those on which the same is known of the same client hold it once.
+#[derive(Default)]
+struct Peers {
+    known: HashMap<String, Weak<Peer>>,
+    /// So many are looked through for those who have left.
+    full: usize,
+}
+
+impl Peers {
+    /// Fewer are not looked through.
+    const FEW: usize = 64;
+
+    fn share(&mut self, peer: Peer) -> Arc<Peer> {
+        if let Some(known) = self.known.get(&peer.hash).and_then(Weak::upgrade).filter(|known| **known == peer) {
+            return known;
+        }
+        if self.known.len() >= self.full.max(Self::FEW) {
+            self.known.retain(|_, peer| peer.strong_count() > 0);
+            self.full = 2 * self.known.len();
+        }
+        let peer = Arc::new(peer);
+        self.known.insert(peer.hash.clone(), Arc::downgrade(&peer));
+        peer
+    }
 }
 
 /// Contexts by content, so that a configuration push that changes nothing keeps tickets and sessions.
@@ -104,6 +132,11 @@ impl ServerTls {
         self.0.verifier.as_deref()
     }
 
+    /// The peer for its connection to keep.
+    pub(super) fn share(&self, peer: Peer) -> Arc<Peer> {
+        self.0.peers.lock().unwrap_or_else(PoisonError::into_inner).share(peer)
+    }
+
     /// Whether a peer that another context admitted would be admitted here too, by its names; its certificate was
     /// verified when it came.
     pub fn admits(&self, peer: &Peer) -> bool {
@@ -134,7 +167,7 @@ impl ServerInner {
             config.alpn_protocols = vec![name.as_bytes().to_vec()];
             (name.clone(), Arc::new(config))
         });
-        Ok(Self { by_alpn: by_alpn.collect(), without_alpn: Arc::new(base), verifier })
+        Ok(Self { by_alpn: by_alpn.collect(), without_alpn: Arc::new(base), verifier, peers: Mutex::default() })
     }
 }
 
@@ -424,4 +457,34 @@ fn key_exchanges(names: &[String]) -> Result<Vec<&'static dyn SupportedKxGroup>,
         }
     };
     names.iter().map(group).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn peer(n: usize, resumed: bool) -> Peer {
+        Peer { hash: n.to_string(), resumed, ..Peer::default() }
+    }
+
+    #[test]
+    fn equal_peers_are_one() {
+        let mut peers = Peers::default();
+        let one = peers.share(peer(1, false));
+        assert!(Arc::ptr_eq(&one, &peers.share(peer(1, false))));
+        let resumed = peers.share(peer(1, true));
+        assert!(resumed.resumed && !one.resumed);
+        assert_eq!(peers.share(peer(2, false)).hash, "2");
+    }
+
+    #[test]
+    fn who_has_left_is_forgotten() {
+        let mut peers = Peers::default();
+        let stays = peers.share(peer(0, false));
+        for n in 1..1_000 {
+            drop(peers.share(peer(n, false)));
+        }
+        assert!(peers.known.len() <= Peers::FEW + 1, "{}", peers.known.len());
+        assert!(Arc::ptr_eq(&stays, &peers.share(peer(0, false))));
+    }
 }

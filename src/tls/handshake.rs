@@ -108,7 +108,7 @@ pub async fn accept(stream: Stream, tls: &ServerTls, limit: Duration) -> Result<
     if let Some(verifier) = tls.verifier() {
         recheck(connection, verifier, Role::Client)?;
     }
-    Ok((Stream::ServerTls(Box::new(stream)), Arc::new(peer)))
+    Ok((Stream::ServerTls(Box::new(stream)), tls.share(peer)))
 }
 
 /// Asks for a handshake, offering exactly these protocols. An empty server name sends none.
