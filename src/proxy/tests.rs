@@ -1113,17 +1113,3 @@ async fn a_body_that_pauses_is_no_request() {
     let _ = tokio::time::timeout(Duration::from_secs(1), client.stream.read_to_end(&mut rest)).await;
     assert!(!String::from_utf8_lossy(&rest).contains("HTTP/1.1"), "{}", String::from_utf8_lossy(&rest));
 }
-
-/// Sizes that many connections and requests are multiplied with.
-#[test]
-fn futures_stay_small() {
-    fn of_request<A, B, F>(_: impl Fn(A, B) -> F) -> usize {
-        size_of::<F>()
-    }
-    fn of_connection<A, B, C, D, E, G, F>(_: impl Fn(A, B, C, D, E, G) -> F) -> usize {
-        size_of::<F>()
-    }
-    let (request, connection) = (of_request(request::handle), of_connection(serve));
-    assert!(request <= 6 * 1024, "{request}");
-    assert!(connection <= 2 * 1024, "{connection}");
-}

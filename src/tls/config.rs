@@ -464,7 +464,9 @@ mod tests {
     use super::*;
 
     fn peer(n: usize, resumed: bool) -> Peer {
-        Peer { hash: n.to_string(), resumed, ..Peer::default() }
+        let mut peer = Peer::default();
+        (peer.hash, peer.resumed) = (n.to_string(), resumed);
+        peer
     }
 
     #[test]
