@@ -56,3 +56,40 @@ fn tls(of: &model::Transport) -> Option<&CommonTls> {
         model::Transport::Raw | model::Transport::Unsupported(_) => None,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use bench_harness::istiod::resources;
+    use proxy_config::xds;
+
+    use super::*;
+
+    fn told(rejects: &[Reject]) -> Vec<String> {
+        rejects.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn a_clusters_settings_are_told_by_field_and_secrets_that_have_not_come_are_no_fault() {
+        let any = resources::over_tls(resources::eds_cluster("c", 1), "kubernetes://a", "kubernetes://b");
+        let mut said = xds::cluster(&any).unwrap().value;
+        assert!(cluster(&said).is_empty());
+        let model::Transport::Tls(tls) = &mut said.transport else { panic!("TLS") };
+        tls.common.ecdh_curves = vec!["P-0".to_owned()];
+        let told = told(&cluster(&said));
+        assert!(told.len() == 1 && told[0].starts_with("Cluster c: transport_socket: key exchange group"), "{told:?}");
+    }
+
+    #[test]
+    fn a_discovered_policy_is_told_by_the_name_of_its_discovery() {
+        for (path, faults) in [("/a.*", 0), ("(", 1)] {
+            let at = ([10, 0, 0, 1], 80).into();
+            let any = resources::http_listener("l", at, "80", vec![resources::policy(path)]);
+            let said = xds::listener(&any, &xds::Extensions::new()).unwrap().value;
+            let model::NetworkFilter::Http(manager) = &said.filter_chains[0].filters[0] else { panic!("HTTP") };
+            let told = told(&http_filter("x", &manager.filters[0]));
+            assert_eq!(told.len(), faults, "{told:?}");
+            assert!(told.iter().all(|line| line.starts_with("TypedExtensionConfig x: rbac: paths: ")), "{told:?}");
+            assert_eq!(listener(&said).len(), faults);
+        }
+    }
+}
