@@ -153,8 +153,8 @@ impl Show<'_> {
 
     fn message(&self, kind: Kind, version: &Version) -> Value {
         match &self.descriptors {
-            Some(descriptors) => descriptors.json(kind.url(), &version.bytes),
-            None => json!({ "@type": kind.url(), "value": BASE64.encode(&version.bytes) }),
+            Some(descriptors) => descriptors.json(kind.url(), &version.bytes.bytes()),
+            None => json!({ "@type": kind.url(), "value": BASE64.encode(version.bytes.bytes()) }),
         }
     }
 }

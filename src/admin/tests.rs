@@ -19,7 +19,7 @@ use crate::snapshot;
 use crate::telemetry::{LogOptions, Logs, NodeLabels};
 use crate::tls::Secrets;
 use crate::worker::{Settings, Workers};
-use crate::xds::{Kind, Received, Refusal, Version};
+use crate::xds::{Kept, Kind, Received, Refusal, Version};
 
 struct Fixture {
     admin: Admin,
@@ -296,7 +296,7 @@ async fn the_dump_shows_what_was_received() {
     let Fixture { admin, publish, _workers } = fixture();
     let received = Arc::new(Received::default());
     let bytes = Bytes::from_static(b"\x0a\x03web\x2a\x02x9\x98\x06\x01");
-    let version = Version { bytes, push: "7".into(), at: SystemTime::UNIX_EPOCH };
+    let version = Version { bytes: Kept::plain(bytes), push: "7".into(), at: SystemTime::UNIX_EPOCH };
     received.accept(Kind::Cluster, &"web".into(), version.clone());
     received.refuse(Kind::Listener, &"lost".into(), Refusal { version, why: "no filter chain".to_owned() });
     publish.send_replace(Arc::new(Published {

@@ -220,7 +220,7 @@ fn parts(published: &Published, keys: &Keys, node: &str, now: SystemTime) -> imp
     let kinds = Kind::ALL.into_iter().filter(|kind| !matches!(kind, Kind::Secret | Kind::ProxyConfig));
     let resources = kinds.flat_map(move |kind| {
         received.of(kind).into_values().filter_map(move |record| {
-            let any = Any { type_url: kind.url().to_owned(), value: record.accepted?.bytes };
+            let any = Any { type_url: kind.url().to_owned(), value: record.accepted?.bytes.bytes() };
             Some(Saved { resources: vec![any], ..Saved::default() }.encode_to_vec())
         })
     });
@@ -352,15 +352,18 @@ mod tests {
 
     use super::*;
     use crate::snapshot;
-    use crate::xds::{Received, Version};
+    use crate::xds::{Kept, Received, Version};
 
     const NODE: &str = "sidecar~10.0.0.1~w.a~a.svc.cluster.local";
 
     /// A listener by name alone, a cluster, a certificate with its root.
     fn published() -> Published {
         let received = Arc::new(Received::default());
-        let version =
-            |bytes: &'static [u8]| Version { bytes: Bytes::from_static(bytes), push: "1".into(), at: UNIX_EPOCH };
+        let version = |bytes: &'static [u8]| Version {
+            bytes: Kept::plain(Bytes::from_static(bytes)),
+            push: "1".into(),
+            at: UNIX_EPOCH,
+        };
         received.accept(Kind::Listener, &"l".into(), version(b"\x0a\x01l"));
         received.accept(Kind::Cluster, &"c".into(), version(b"\x0a\x01c"));
         let (root, _) = crate::ca::Root::generate("test").unwrap();

@@ -8,6 +8,7 @@ mod check;
 mod codec;
 #[cfg(test)]
 mod fixture;
+mod kept;
 mod kind;
 mod messages;
 mod pace;
@@ -22,6 +23,7 @@ mod wire;
 
 pub use ads::{Ads, Health, Options, Step};
 pub use check::Checks;
+pub use kept::Kept;
 pub use kind::{HEALTH, Kind};
 pub use messages::{
     DeltaDiscoveryRequest, DeltaDiscoveryResponse, DiscoveryRequest, Request, Resource, Response, Status,

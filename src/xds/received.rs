@@ -7,6 +7,7 @@ use std::time::SystemTime;
 use bytes::Bytes;
 use proxy_config::Name;
 
+use super::kept::{Kept, Like, Packer};
 use super::kind::{KINDS, Kind};
 
 /// One resource.
@@ -22,7 +23,7 @@ pub struct Record {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Version {
     /// Encoded message, without the `Any` around it; the type URL is the kind's.
-    pub bytes: Bytes,
+    pub bytes: Kept,
     /// The push it came with.
     pub push: Arc<str>,
     /// When its content last changed.
@@ -43,6 +44,8 @@ pub struct Refusal {
 #[derive(Debug, Default)]
 pub struct Received {
     kinds: Mutex<[BTreeMap<Name, Record>; KINDS]>,
+    /// By kind, what its resources are packed against.
+    likes: Mutex<[Option<Like>; KINDS]>,
 }
 
 impl Received {
@@ -65,7 +68,7 @@ impl Received {
     pub(super) fn latest(&self, kind: Kind, name: &str) -> Option<Bytes> {
         let record = self.get(kind, name)?;
         let refused = record.refused.map(|refusal| refusal.version);
-        refused.or(record.accepted).map(|version| version.bytes)
+        refused.or(record.accepted).map(|version| version.bytes.bytes())
     }
 
     pub(crate) fn accept(&self, kind: Kind, name: &Name, version: Version) {
@@ -83,7 +86,68 @@ impl Received {
         self.lock()[kind.index()].remove(name);
     }
 
+    /// Packs what is not packed yet; for a thread that may take its time. Nobody is kept waiting by it.
+    pub(super) fn pack(&self) {
+        let mut packer = Packer::new();
+        for kind in Kind::ALL {
+            let plain: Vec<(Name, Bytes)> = {
+                let kinds = self.lock();
+                let accepted = kinds[kind.index()].iter().filter_map(|(name, r)| Some((name, r.accepted.as_ref()?)));
+                accepted.filter_map(|(name, v)| Some((Arc::clone(name), Bytes::clone(v.bytes.unpacked()?)))).collect()
+            };
+            let Some(like) = self.like(kind, &plain) else { continue };
+            for (name, bytes) in plain {
+                let Some(packed) = packer.pack(&bytes, &like) else { continue };
+                let mut kinds = self.lock();
+                let version = kinds[kind.index()].get_mut(&name).and_then(|record| record.accepted.as_mut());
+                // Another version may have come meanwhile.
+                let same = |version: &&mut Version| {
+                    version.bytes.unpacked().is_some_and(|now| std::ptr::eq(now.as_ptr(), bytes.as_ptr()))
+                };
+                if let Some(version) = version.filter(same) {
+                    version.bytes = packed;
+                }
+            }
+        }
+    }
+
+    /// The longest of the first ones: the short ones of a kind (clusters that lead nowhere) are like no other.
+    fn like(&self, kind: Kind, plain: &[(Name, Bytes)]) -> Option<Like> {
+        let mut likes = self.likes.lock().unwrap_or_else(PoisonError::into_inner);
+        let like = &mut likes[kind.index()];
+        if like.is_none() {
+            *like = plain.iter().map(|(_, bytes)| bytes).max_by_key(|bytes| bytes.len()).map(|bytes| Like::of(bytes));
+        }
+        like.clone()
+    }
+
     fn lock(&self) -> MutexGuard<'_, [BTreeMap<Name, Record>; KINDS]> {
         self.kinds.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::UNIX_EPOCH;
+
+    use super::*;
+
+    #[test]
+    fn packed_bytes_are_the_bytes_that_came() {
+        let (received, text) =
+            (Received::default(), |n: usize| Bytes::from(format!("cluster outbound|80||svc-{n} of a mesh")));
+        let version = |n: usize| Version { bytes: Kept::plain(text(n)), push: "1".into(), at: UNIX_EPOCH };
+        for n in 0..100 {
+            received.accept(Kind::Cluster, &format!("svc-{n}").into(), version(n));
+        }
+        received.refuse(Kind::Cluster, &"svc-7".into(), Refusal { version: version(1), why: "no".to_owned() });
+        received.pack();
+        for n in 0..100 {
+            let kept =
+                received.get(Kind::Cluster, &format!("svc-{n}")).and_then(|record| record.accepted).unwrap().bytes;
+            assert!(kept.unpacked().is_none() && kept.bytes() == text(n), "{n}");
+        }
+        assert_eq!(received.latest(Kind::Cluster, "svc-7"), Some(text(1)), "what came last was refused");
+        assert_eq!(received.latest(Kind::Cluster, "svc-8"), Some(text(8)));
     }
 }

@@ -11,7 +11,8 @@ use bytes::Bytes;
 use proxy_config::Name;
 use proxy_config::bootstrap::Bootstrap;
 use tokio::sync::{mpsc, watch};
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 
@@ -32,6 +33,8 @@ const DIAL: Duration = Duration::from_secs(5);
 const FIRST_ANSWER: Duration = Duration::from_secs(30);
 /// Responses are as large as the mesh; the agent takes what fits into an int32.
 const MAX_RESPONSE: usize = i32::MAX as usize;
+/// What came is packed this long after it was handed on: serving it comes first, and pushes come in bursts.
+const PACK_AFTER: Duration = Duration::from_secs(3);
 /// Nothing to do at any known time.
 const LATER: Duration = Duration::from_secs(3600);
 const DELTA: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
@@ -117,6 +120,7 @@ pub fn start(settings: Settings, health: watch::Receiver<Option<Health>>) -> Str
         debounce: Debounce::default(),
         turn: 0,
         pushes: 0,
+        packing: None,
     };
     tokio::spawn(client.run());
     Stream { news, received, anchors, asks }
@@ -135,6 +139,7 @@ struct Client {
     turn: usize,
     /// Responses so far.
     pushes: u64,
+    packing: Option<JoinHandle<()>>,
 }
 
 /// Why a stream ended.
@@ -316,6 +321,20 @@ impl Client {
         send
     }
 
+    /// Packs received bytes, on a thread beside this one. What comes while it packs waits for the next time.
+    fn pack_later(&mut self) {
+        if self.packing.as_ref().is_some_and(|packing| !packing.is_finished()) {
+            return;
+        }
+        let received = self.ads.bytes();
+        self.packing = Some(tokio::spawn(async move {
+            sleep(PACK_AFTER).await;
+            if let Err(e) = tokio::task::spawn_blocking(move || received.pack()).await {
+                tracing::debug!("received bytes stay as they are: {e}");
+            }
+        }));
+    }
+
     /// When something is to be done although nothing comes.
     fn due(&self) -> Instant {
         [self.debounce.due(), self.ads.wake()].into_iter().flatten().min().unwrap_or_else(|| Instant::now() + LATER)
@@ -329,6 +348,7 @@ impl Client {
                 news.update = Some(Arc::new(update));
                 news.updates += 1;
             });
+            self.pack_later();
         }
         !self.news.is_closed()
     }

@@ -10,10 +10,11 @@ use std::time::SystemTime;
 use bytes::Bytes;
 use prost::Message;
 use proxy_config::model::{Cluster, Endpoints, HttpFilter, Listener, NameInfo, RouteTable};
-use proxy_config::xds::{self, Any, Extensions, Secret};
+use proxy_config::xds::{self, Alike, Any, Extensions, Secret};
 use proxy_config::{Name, Reject, Severity};
 
 use super::check::{self, Checks, checked};
+use super::kept::Kept;
 use super::kind::Kind;
 use super::received::{Received, Refusal, Version};
 
@@ -78,6 +79,7 @@ pub(super) struct Store {
     pub(super) received: Arc<Received>,
     /// Filters by name, as the decoder of listeners wants them.
     filters: Extensions,
+    alike: Alike,
 }
 
 /// What resources said besides.
@@ -108,6 +110,7 @@ impl Store {
             account: Account::default(),
             received: Arc::default(),
             filters: Extensions::new(),
+            alike: Alike::default(),
         }
     }
 
@@ -117,13 +120,24 @@ impl Store {
             let reason = format!("a {} among resources of type {}", any.type_url, kind.url());
             return Verdict::Refused(reject(kind, name, reason));
         }
-        let (account, checks) = (&mut self.account, self.checks);
-        let verdict = match kind {
+        let (account, alike, checks) = (&mut self.account, &mut self.alike, self.checks);
+        let (verdict, fresh) = match kind {
             Kind::Cluster => {
-                let read = |any: &Any| checked(xds::cluster(any), checks.cluster);
+                let read = |any: &Any| {
+                    let mut read = checked(xds::cluster(any), checks.cluster)?;
+                    alike.cluster(&mut read.value);
+                    Ok(read)
+                };
                 self.clusters.put((kind, name), any, read, |v| &v.name, account)
             }
-            Kind::Endpoints => self.endpoints.put((kind, name), any, xds::endpoints, |v| &v.name, account),
+            Kind::Endpoints => {
+                let read = |any: &Any| {
+                    let mut read = xds::endpoints(any)?;
+                    alike.endpoints(&mut read.value);
+                    Ok(read)
+                };
+                self.endpoints.put((kind, name), any, read, |v| &v.name, account)
+            }
             Kind::Listener => {
                 let filters = &self.filters;
                 let read = |any: &Any| checked(xds::listener(any, filters), checks.listener);
@@ -138,7 +152,9 @@ impl Store {
             }
             Kind::Secret => self.secrets.put((kind, name), any, check::secret, |v| &v.name, account),
         };
-        self.record(kind, name, any, push, &verdict);
+        if fresh {
+            self.record(kind, name, any, push, &verdict);
+        }
         if kind == Kind::Extension && verdict == Verdict::Changed {
             let filter = self.extensions.get(name).map(|named| named.1.clone());
             self.filters.extend(filter.map(|filter| (name.to_string(), filter)));
@@ -148,19 +164,11 @@ impl Store {
 
     fn record(&self, kind: Kind, name: &Name, any: &Any, push: &Push, verdict: &Verdict) {
         // The response's buffer would live for as long as one resource of it does.
-        let version =
-            || Version { bytes: Bytes::copy_from_slice(&any.value), push: Arc::clone(&push.version), at: push.at };
+        let bytes = Kept::plain(Bytes::copy_from_slice(&any.value));
+        let version = Version { bytes, push: Arc::clone(&push.version), at: push.at };
         match verdict {
-            Verdict::Refused(why) => {
-                self.received.refuse(kind, name, Refusal { version: version(), why: why.to_string() });
-            }
-            Verdict::Changed => self.received.accept(kind, name, version()),
-            Verdict::Same => {
-                let old = self.received.get(kind, name).and_then(|record| record.accepted);
-                if old.is_none_or(|old| old.bytes != any.value) {
-                    self.received.accept(kind, name, version());
-                }
-            }
+            Verdict::Refused(why) => self.received.refuse(kind, name, Refusal { version, why: why.to_string() }),
+            Verdict::Changed | Verdict::Same => self.received.accept(kind, name, version),
         }
     }
 
@@ -184,7 +192,7 @@ impl Store {
             let (known, check) = (&self.filters, self.checks.listener);
             let read = |any: &Any| checked(xds::listener(any, known), check);
             let of = (Kind::Listener, &name);
-            if self.listeners.put(of, &any, read, |v| &v.name, &mut self.account) == Verdict::Changed {
+            if self.listeners.put(of, &any, read, |v| &v.name, &mut self.account).0 == Verdict::Changed {
                 changed.push(name);
             }
         }
@@ -258,6 +266,7 @@ impl<T> Default for Table<T> {
 }
 
 impl<T: PartialEq> Table<T> {
+    /// `true`: the bytes are others than those that came last.
     fn put(
         &mut self,
         (kind, name): (Kind, &Name),
@@ -265,13 +274,13 @@ impl<T: PartialEq> Table<T> {
         read: impl FnOnce(&Any) -> Result<xds::Resource<T>, Reject>,
         name_of: impl FnOnce(&T) -> &str,
         account: &mut Account,
-    ) -> Verdict {
+    ) -> (Verdict, bool) {
         let seen = Some(digest(&any.value));
         if let Some(entry) = self.0.get_mut(name)
             && entry.seen == seen
         {
             entry.gone = false;
-            return entry.refused.as_deref().cloned().map_or(Verdict::Same, Verdict::Refused);
+            return (entry.refused.as_deref().cloned().map_or(Verdict::Same, Verdict::Refused), false);
         }
         let read = read(any).and_then(|resource| usable(kind, name, resource, name_of));
         let entry = self.0.entry(Arc::clone(name)).or_insert_with(Entry::new);
@@ -288,12 +297,12 @@ impl<T: PartialEq> Table<T> {
                 let value = same.map_or_else(|| Arc::new(resource.value), |old| old.value);
                 let extensions = Some(resource.extensions).filter(|names| !names.is_empty()).map(Box::new);
                 entry.good = Some(Good { value, extensions });
-                verdict
+                (verdict, true)
             }
             Err(reject) => {
                 account.note(kind, name, vec![reject.clone()]);
                 entry.refused = Some(Box::new(reject.clone()));
-                Verdict::Refused(reject)
+                (Verdict::Refused(reject), true)
             }
         }
     }

@@ -154,8 +154,8 @@ fn a_bad_resource_refuses_itself_by_name_and_leaves_what_was() {
     assert!(model.clusters.contains_key("a") && model.clusters.contains_key("b"));
     assert_eq!(model.rejects.len(), 1);
     let kept = ads.bytes().get(Kind::Cluster, "a").expect("held");
-    assert_eq!(kept.accepted.map(|v| v.bytes), Some(eds_cluster("a", 1).value));
-    assert_eq!(kept.refused.map(|r| r.version.bytes), Some(bad.value.clone()));
+    assert_eq!(kept.accepted.map(|v| v.bytes.bytes()), Some(eds_cluster("a", 1).value));
+    assert_eq!(kept.refused.map(|r| r.version.bytes.bytes()), Some(bad.value.clone()));
     let step = says(&mut ads, delta(Kind::Cluster, "11", &[("a", bad)], &[]));
     assert_eq!(short(&step.send), ["Cluster nack"], "as bad as it was");
     let step = says(&mut ads, delta(Kind::Cluster, "12", &[("a", eds_cluster("a", 2))], &[]));
@@ -483,7 +483,7 @@ proptest! {
         let received = ads.bytes();
         for (kind, needed) in needed {
             let held: BTreeMap<String, Bytes> = received.of(kind).into_iter()
-                .filter_map(|(n, r)| r.accepted.map(|v| (n.to_string(), v.bytes))).collect();
+                .filter_map(|(n, r)| r.accepted.map(|v| (n.to_string(), v.bytes.bytes()))).collect();
             let expected: BTreeMap<String, Bytes> =
                 needed.iter().map(|n| (n.clone(), server.has[&kind][n].value.clone())).collect();
             prop_assert_eq!(&held, &expected, "{:?}", kind);

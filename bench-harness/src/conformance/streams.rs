@@ -303,7 +303,7 @@ impl Replay {
             }
             let expected = self.held.get(&kind).cloned().unwrap_or_default();
             let held: BTreeMap<String, Bytes> = (received.of(kind).into_iter())
-                .filter_map(|(name, record)| record.accepted.map(|version| (name.to_string(), version.bytes)))
+                .filter_map(|(name, record)| record.accepted.map(|version| (name.to_string(), version.bytes.bytes())))
                 .collect();
             let names: BTreeSet<&String> = expected.keys().chain(held.keys()).collect();
             let differing: Vec<&String> = names.into_iter().filter(|n| expected.get(*n) != held.get(*n)).collect();

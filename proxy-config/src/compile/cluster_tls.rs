@@ -55,14 +55,11 @@ fn auto(draft: &mut Draft, site: &Site<'_>, sni: &str) {
     }
     let istio = TransportMatch {
         name: "tlsMode-istio".to_owned(),
-        labels: [("tlsMode".to_owned(), "istio".to_owned())].into(),
+        labels: [("tlsMode".to_owned(), "istio".to_owned())].into_iter().collect(),
         transport: mtls,
     };
-    let disabled = TransportMatch {
-        name: "tlsMode-disabled".to_owned(),
-        labels: std::collections::BTreeMap::new(),
-        transport: Transport::Raw,
-    };
+    let disabled =
+        TransportMatch { name: "tlsMode-disabled".to_owned(), labels: Default::default(), transport: Transport::Raw };
     draft.cluster.transport_matches = vec![istio, disabled];
 }
 

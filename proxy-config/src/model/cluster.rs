@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::{Endpoints, HashPolicy, Http2Options, MetadataExchange, Name, UpstreamTls};
+use super::{Endpoints, HashPolicy, Http2Options, MetadataExchange, Name, Shared, UpstreamTls};
 
 /// `envoy.config.cluster.v3.Cluster`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -190,7 +190,7 @@ pub struct TransportMatch {
     /// `tlsMode-istio`, `tlsMode-disabled`.
     pub name: String,
     /// Pairs that `envoy.transport_socket_match` of the endpoint must contain.
-    pub labels: BTreeMap<String, String>,
+    pub labels: Shared<BTreeMap<String, String>>,
     /// Socket.
     pub transport: Transport,
 }

@@ -224,7 +224,7 @@ fn transport_match(of: pb::TransportSocketMatch, reader: &mut Reader) -> Read<Tr
     };
     Ok(TransportMatch {
         name: of.name,
-        labels: endpoint::labels(fields),
+        labels: endpoint::labels(fields).into(),
         transport: tls::upstream(of.transport_socket, reader).at("transport_socket")?,
     })
 }

@@ -13,6 +13,7 @@
 //! ```
 
 mod access_log;
+mod alike;
 mod cluster;
 mod cluster_http;
 mod context;
@@ -42,6 +43,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use prost::Message;
 
+pub use self::alike::Alike;
 use self::context::{Fault, Read, Reader, type_name};
 pub use self::messages::{Any, DiscoveryRequest, DiscoveryResponse, Status};
 pub use self::secret::{Material, Secret};
@@ -111,14 +113,15 @@ pub fn decode(bundle: &XdsBundle) -> Decoded {
         });
         false
     });
+    let mut alike = Alike::default();
     for any in &resources {
-        out.add(any, &extensions);
+        out.add(any, &extensions, &mut alike);
     }
     out
 }
 
 impl Decoded {
-    fn add(&mut self, any: &Any, extensions: &Extensions) {
+    fn add(&mut self, any: &Any, extensions: &Extensions, alike: &mut Alike) {
         match type_name(&any.type_url) {
             LISTENER => self.keep(listener(any, extensions), |m, v| {
                 m.listeners.insert(Name::clone(&v.name), Arc::new(v));
@@ -126,10 +129,12 @@ impl Decoded {
             ROUTES => self.keep(route_table(any), |m, v| {
                 m.routes.insert(Name::clone(&v.name), Arc::new(v));
             }),
-            CLUSTER => self.keep(cluster(any), |m, v| {
+            CLUSTER => self.keep(cluster(any), |m, mut v| {
+                alike.cluster(&mut v);
                 m.clusters.insert(Name::clone(&v.name), Arc::new(v));
             }),
-            ENDPOINTS => self.keep(endpoints(any), |m, v| {
+            ENDPOINTS => self.keep(endpoints(any), |m, mut v| {
+                alike.endpoints(&mut v);
                 m.endpoints.insert(Name::clone(&v.name), Arc::new(v));
             }),
             NAMES => self.keep(names(any), |m, v| m.names = v.into()),
