@@ -175,9 +175,11 @@ async fn serve(
     }
     observe::published(&first, &telemetry);
     observe::forget_unused(&first.proxy, &telemetry);
-    let (publish, published) = watch::channel(first);
+    let (publish, published) = watch::channel(Arc::clone(&first));
+    // What is served: news whose sockets are open. Whoever asks whether this proxy is ready is not told too early.
+    let (serving, served) = watch::channel(first);
     let drain = Arc::new(drain);
-    let state = process.ports.state(published.clone(), &telemetry, &drain, workers.handles());
+    let state = process.ports.state(served.clone(), &telemetry, &drain, workers.handles());
     process.ports.open(&state)?;
     let (ready, is_ready) = watch::channel(false);
     tokio::spawn(ports::keep_ready(state, ready));
@@ -187,13 +189,14 @@ async fn serve(
     let (ask, asked) = mpsc::channel(1);
     let health = control
         .publish_health()
-        .map(|folder| tokio::spawn(health::run(folder, published.clone(), is_ready, leaving.clone())));
+        .map(|folder| tokio::spawn(health::run(folder, served.clone(), is_ready, leaving.clone())));
     tokio::spawn(control::run(control, publish, asked));
-    tracing::info!("{count} workers serve {} listeners", published.borrow().snapshot.listeners().len());
+    tracing::info!("{count} workers serve {} listeners", served.borrow().snapshot.listeners().len());
     tokio::spawn(leave(drain, process.plan, ask, logs));
     until_gone(published, &mut workers, leaving, |news, workers| {
         follow(news, &snapshots, workers);
         observe::published(news, &telemetry);
+        serving.send_replace(Arc::clone(news));
     })
     .await?;
     if let Some(health) = health {
@@ -208,7 +211,7 @@ async fn until_gone(
     mut published: watch::Receiver<Arc<Published>>,
     workers: &mut Workers,
     mut leaving: drain::Watch,
-    pass_on: impl Fn(&Published, &mut Workers),
+    pass_on: impl Fn(&Arc<Published>, &mut Workers),
 ) -> Result<()> {
     loop {
         tokio::select! {

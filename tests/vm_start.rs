@@ -276,6 +276,33 @@ async fn cas_that_istiod_names_later_are_trusted_and_renew_the_certificate() {
     assert_eq!(proxy.wait(), 0);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_is_ready_listens() {
+    let app = App::start();
+    let ports: [u16; 301] = free_ports();
+    let [ready, fronts @ ..] = ports;
+    let at = |port: u16| SocketAddr::from(([127, 0, 0, 1], port));
+    let (istiod, ads) = plane(at(fronts[0]), app.echo).await;
+    // Sockets for so many take a moment.
+    for port in &fronts[1..] {
+        let name = format!("front-{port}");
+        ads.set(Kind::Listener, &name, resources::tcp_listener(&name, at(*port), "app"));
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    lay_out(folder.path(), &istiod, app.health);
+    let mut proxy = start(folder.path(), &istiod, ready);
+    let ask = "GET /healthz/ready HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+    let begun = tokio::time::Instant::now();
+    while !http(at(ready), ask).is_ok_and(|answer| answer.starts_with("HTTP/1.1 200")) {
+        assert!(begun.elapsed() < LIMIT, "it becomes ready");
+        tokio::task::yield_now().await;
+    }
+    let deaf = fronts.iter().rev().filter(|port| TcpStream::connect(at(**port)).is_err()).count();
+    assert_eq!(deaf, 0, "listeners that are not open");
+    proxy.signal("TERM");
+    assert_eq!(proxy.wait(), 0);
+}
+
 #[test]
 fn a_vm_without_the_mesh_root_does_not_start() {
     let folder = tempfile::tempdir().expect("a folder");
