@@ -7,7 +7,7 @@
 //! ```ignore
 //! let env = Arc::new(Env::new(Settings { worker: 0, view, drain, node }));
 //! let destination = net::original_dst(&socket)?;
-//! tokio::spawn(proxy::serve(socket.into(), peer, local, destination, listener, Arc::clone(&env), seat));
+//! tokio::spawn(proxy::serve(socket.into(), peer, (local, destination), listener, Arc::clone(&env), seat));
 //! ```
 
 mod body;
@@ -207,8 +207,7 @@ impl Env {
 pub fn serve<K: Send>(
     stream: Stream,
     peer: SocketAddr,
-    local: SocketAddr,
-    destination: SocketAddr,
+    (local, destination): (SocketAddr, SocketAddr),
     listener: Arc<Listener>,
     env: Arc<Env>,
     keep: K,

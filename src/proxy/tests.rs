@@ -322,8 +322,7 @@ impl Mesh {
         let serving = serve(
             near.into(),
             at("10.0.0.9:1000"),
-            at("10.0.0.1:15006"),
-            at("10.0.0.1:8080"),
+            (at("10.0.0.1:15006"), at("10.0.0.1:8080")),
             Arc::clone(&self.listener),
             Arc::clone(&self.env),
             (),

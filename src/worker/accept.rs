@@ -128,8 +128,7 @@ impl Worker {
         tokio::spawn(proxy::serve(
             Stream::from(tcp),
             canonical(peer),
-            canonical(local),
-            destination,
+            (canonical(local), destination),
             listener,
             Arc::clone(&self.env),
             seat,

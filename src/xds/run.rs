@@ -5,14 +5,14 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use proxy_config::Name;
 use proxy_config::bootstrap::Bootstrap;
 use tokio::sync::{mpsc, watch};
-use tokio::task::JoinHandle;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, sleep_until, timeout};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Code, Status, Streaming};
 
@@ -327,12 +327,14 @@ impl Client {
             return;
         }
         let received = self.ads.bytes();
-        self.packing = Some(tokio::spawn(async move {
-            sleep(PACK_AFTER).await;
-            if let Err(e) = tokio::task::spawn_blocking(move || received.pack()).await {
-                tracing::debug!("received bytes stay as they are: {e}");
-            }
-        }));
+        let pack = move || {
+            std::thread::sleep(PACK_AFTER);
+            received.pack();
+        };
+        match std::thread::Builder::new().name("pack".to_owned()).spawn(pack) {
+            Ok(packing) => self.packing = Some(packing),
+            Err(e) => tracing::debug!("received bytes stay as they are: {e}"),
+        }
     }
 
     /// When something is to be done although nothing comes.

@@ -19,7 +19,7 @@ macro_rules! size_of_future {
 #[test]
 fn futures_stay_small() {
     let sizes = [
-        ("a connection", size_of_future!(serve::<Seat>, A, B, C, D, E, G, H), 512),
+        ("a connection", size_of_future!(serve::<Seat>, A, B, C, D, E, G), 512),
         ("its opening", size_of_future!(conn::open, A, B), 1024),
         ("HTTP", size_of_future!(http::serve, A, B, C), 320),
         ("HTTP/1", size_of_future!(http1::serve, A, B), 256),
