@@ -212,6 +212,7 @@ impl Start {
             node: self.settings.node.clone(),
         });
         let env = Arc::new(env.with_telemetry(shard, self.settings.logs.sink()));
+        let snapshots = self.settings.snapshots.clone();
         tokio::spawn(follow(self.settings.snapshots, Arc::clone(&env)));
         tokio::spawn(proxy::export(Arc::clone(&env)));
         tokio::spawn(measure_lag(Arc::clone(&self.loads), self.index));
@@ -224,13 +225,17 @@ impl Start {
             connections: self.settings.connections,
             limit: self.limit,
         };
-        Arc::new(worker).run(commands).await;
+        Arc::new(worker).run(commands, snapshots).await;
     }
 }
 
 impl Worker {
     /// Obeys until the end; what still runs then is dropped with the runtime.
-    async fn run(self: Arc<Self>, mut commands: mpsc::UnboundedReceiver<Command>) {
+    async fn run(
+        self: Arc<Self>,
+        mut commands: mpsc::UnboundedReceiver<Command>,
+        mut snapshots: watch::Receiver<Arc<Snapshot>>,
+    ) {
         let mut accepting: HashMap<SocketAddr, AbortHandle> = HashMap::new();
         let (failed, mut failures) = mpsc::channel(1);
         let mut drain = self.drain.clone();
@@ -249,6 +254,8 @@ impl Worker {
                     Err(e) => tracing::warn!("a connection was lost between workers: {e}"),
                 },
                 Some(Command::Listen(address, way, socket)) => {
+                    // Published before the order was given; without it the first clients would meet an unknown listener.
+                    take_over(&mut snapshots, &self.env);
                     let worker = Arc::clone(&self);
                     let failed = failed.clone();
                     let task = tokio::spawn(async move {
@@ -272,9 +279,16 @@ impl Worker {
 /// Builds a view of each snapshot and makes it current.
 async fn follow(mut snapshots: watch::Receiver<Arc<Snapshot>>, env: Arc<Env>) {
     while snapshots.changed().await.is_ok() {
-        let snap = Arc::clone(&snapshots.borrow_and_update());
-        let view = View::new(snap, Some(&env.view()));
-        env.swap(Arc::new(view));
+        take_over(&mut snapshots, &env);
+    }
+}
+
+/// Makes the newest snapshot current, unless it is.
+fn take_over(snapshots: &mut watch::Receiver<Arc<Snapshot>>, env: &Env) {
+    let snap = Arc::clone(&snapshots.borrow_and_update());
+    let view = env.view();
+    if !Arc::ptr_eq(&view.snap, &snap) {
+        env.swap(Arc::new(View::new(snap, Some(&view))));
     }
 }
 

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use istio_proxy::probe::{self, Probe, Tracker};
 use serde_json::Value;
+use tokio::net::TcpSocket;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, timeout};
 
@@ -22,8 +23,12 @@ fn probe_of(said: &Value) -> Probe {
     serde_json::from_value(said.clone()).expect("a probe")
 }
 
-fn closed_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").port()
+/// A port that nobody listens on, and nobody else gets while the socket is there.
+fn closed_port() -> (TcpSocket, u16) {
+    let socket = TcpSocket::new_v4().expect("a socket");
+    socket.bind((Ipv4Addr::LOCALHOST, 0).into()).expect("a port");
+    let port = socket.local_addr().expect("bound").port();
+    (socket, port)
 }
 
 /// Points the probe at a port of ours.
@@ -60,7 +65,8 @@ async fn when_a_workload_that_is_down_is_told() {
         // No delay, and one failure is enough.
         ("T62", "Y15", "hybrid-app/legacy-database", 0),
     ] {
-        let said = aimed(said(file, group), closed_port());
+        let (_held, port) = closed_port();
+        let said = aimed(said(file, group), port);
         assert_eq!(told_down_after(&said).await, seconds, "{t} {said}");
     }
 }
