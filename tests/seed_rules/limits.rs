@@ -15,7 +15,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
-use crate::world::{POD2, Who, World, Yaml};
+use crate::world::{POD2, Who, World, Yaml, closed};
 
 const PAYMENT: &str = "outbound|8080||payment-service.payments.svc.cluster.local";
 const CANARY: &str = "outbound|8080|vm-version|payment-service.payments.svc.cluster.local";
@@ -247,21 +247,11 @@ metadata: {name: db1, namespace: hybrid-app}
 spec: {address: 10.0.2.20, serviceAccount: legacy-db-sa, labels: {app: legacy-database}}
 ";
 
-async fn closed_port() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-    listener.local_addr().expect("bound")
-}
-
 #[tokio::test]
 async fn t61_refused_connections() {
     let world = Yaml::seed().with("ENTRY", ENTRY).load(Who::HybridApp);
     for (t, hosts, out) in [("T61: the only one stays", 1, 0), ("T61: one of ten may go", 10, 1)] {
-        let mut addresses = Vec::new();
-        for _ in 0..hosts {
-            addresses.push(closed_port().await);
-        }
-        addresses.sort();
-        addresses.dedup();
+        let (_held, addresses): (Vec<_>, Vec<_>) = (0..hosts).map(|_| closed()).unzip();
         let cluster = cluster(&world, DATABASE, &addresses);
         for _ in 0..60 {
             let refused = connect(&cluster, None).await.map(|_| ());

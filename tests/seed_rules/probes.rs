@@ -5,11 +5,10 @@ use std::time::Duration;
 
 use istio_proxy::probe::{self, Probe, Tracker};
 use serde_json::Value;
-use tokio::net::TcpSocket;
 use tokio::sync::{mpsc, watch};
 use tokio::time::{Instant, timeout};
 
-use crate::world::Yaml;
+use crate::world::{Yaml, closed};
 
 const OWN: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
@@ -21,14 +20,6 @@ fn said(file: &str, namespace_and_group: &str) -> Value {
 
 fn probe_of(said: &Value) -> Probe {
     serde_json::from_value(said.clone()).expect("a probe")
-}
-
-/// A port that nobody listens on, and nobody else gets while the socket is there.
-fn closed_port() -> (TcpSocket, u16) {
-    let socket = TcpSocket::new_v4().expect("a socket");
-    socket.bind((Ipv4Addr::LOCALHOST, 0).into()).expect("a port");
-    let port = socket.local_addr().expect("bound").port();
-    (socket, port)
 }
 
 /// Points the probe at a port of ours.
@@ -65,8 +56,8 @@ async fn when_a_workload_that_is_down_is_told() {
         // No delay, and one failure is enough.
         ("T62", "Y15", "hybrid-app/legacy-database", 0),
     ] {
-        let (_held, port) = closed_port();
-        let said = aimed(said(file, group), port);
+        let (_held, at) = closed();
+        let said = aimed(said(file, group), at.port());
         assert_eq!(told_down_after(&said).await, seconds, "{t} {said}");
     }
 }

@@ -1,6 +1,7 @@
 //! The guide's resources, changed as a case asks, loaded for one proxy and compiled.
 
 use std::collections::BTreeMap;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -11,6 +12,7 @@ use istio_proxy::tls::{Identity, Roots, Secrets};
 use proxy_config::model::Cluster;
 use proxy_config::{Inputs, Loaded, Model, Severity, Source, WhoAmI};
 use serde_json::{Value, json};
+use tokio::net::TcpSocket;
 
 /// Identities of callers.
 pub(crate) const FE: &str = "spiffe://cluster.local/ns/frontend/sa/frontend-sa";
@@ -269,4 +271,12 @@ fn compile(model: &Model) -> Snapshot {
     let (snapshot, rejects) = snapshot::compile(None, model, &secrets);
     assert!(rejects.is_empty(), "{rejects:?}");
     snapshot
+}
+
+/// An address that nobody listens on, and that nobody else gets while the socket is there.
+pub(crate) fn closed() -> (TcpSocket, SocketAddr) {
+    let socket = TcpSocket::new_v4().expect("a socket");
+    socket.bind((Ipv4Addr::LOCALHOST, 0).into()).expect("a port");
+    let at = socket.local_addr().expect("bound");
+    (socket, at)
 }
